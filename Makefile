@@ -1,0 +1,6 @@
+.PHONY: check
+check:
+	ruff check .
+	ruff format --check .
+	mypy
+	python -m pytest

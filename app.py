@@ -1,0 +1,81 @@
+"""The same pieces on Flower's deployment engine: `server`, `client`, `client1`, `client2`, and two launchers.
+
+Flower starts a new process for every message, so importing this module must stay cheap: the model
+libraries are imported by the work itself, or live in the node's resident worker (see resident.py).
+"""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from omegaconf import OmegaConf
+
+import resident
+from config import compose
+from resident import replied
+
+OVERRIDES = "overrides"  # the one run-config key: Hydra overrides, separated by blanks as in a shell
+
+server = ServerApp()
+
+
+@server.main()
+def serve(grid: Grid, context: Context) -> None:
+    """A deployed run: as in simulation, with results in a run folder below the SuperLink's working folder.
+
+    No setting of a run can move that folder: whoever submits runs does not name paths on this machine.
+    """
+    from dataset import find_template
+    from progress import RunProgress
+    from strategy import Federation
+    from utils import log_to_file
+
+    overrides = shlex.split(str(context.run_config.get(OVERRIDES, "")))
+    config = compose(overrides, "deployment")
+    folder = Path.cwd() / "outputs" / datetime.now().astimezone().strftime("%Y-%m-%d/%H-%M-%S")
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(asdict(config), folder / ".hydra" / "config.yaml")
+    OmegaConf.save(overrides, folder / ".hydra" / "overrides.yaml")
+    log_to_file(folder / "main.log")
+    template = find_template(config.dataset.template).read_text(encoding="utf-8")
+    with RunProgress(config.num_rounds) as progress:
+        summary = Federation(config, folder, template, progress).run(grid)
+    print(f"final loss {summary['final_train_loss']:.4f} after {summary['rounds']} rounds")
+    print(f"results: {folder}", flush=True)
+
+
+def make_client(partition_id: int | None = None) -> ClientApp:
+    """A ClientApp that hands every message to this node's worker.
+
+    Args:
+        partition_id: the partition to use; by default the one in the node's config.
+    """
+    app = ClientApp()
+
+    def handler(name: str) -> Callable[[Message, Context], Message]:
+        return lambda message, context: answer(name, message, context, partition_id)
+
+    app.query()(handler("describe"))
+    app.query("initial_adapter")(handler("initial"))
+    app.train()(handler("train"))
+    app.evaluate()(handler("evaluate"))
+    return app
+
+
+def answer(name: str, message: Message, context: Context, partition_id: int | None = None) -> Message:
+    """Do what `message` asks for, in the resident worker if the node has one, else in this process."""
+    node = dict(context.node_config)
+    if partition_id is not None:
+        node["partition-id"] = partition_id
+    overrides = str(context.run_config.get(OVERRIDES, ""))
+    return replied(message, lambda: resident.call(name, overrides, node, message.content))
+
+
+client = make_client()
+client1 = make_client(0)
+client2 = make_client(1)

@@ -1,0 +1,348 @@
+"""Private data: load, partition, prompt template, tokens and loss mask.
+
+A row becomes `prompt + response`; only the response and the end-of-sequence token carry loss. Prompt
+and response are tokenized apart, so the boundary is exact for every tokenizer and a row's own text can
+never be taken for a marker or a special token.
+"""
+
+import csv
+import inspect
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, Value, disable_progress_bars, load_dataset
+from flwr_datasets.partitioner import Partitioner
+from hydra.utils import get_class
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from config import CONFIG_FOLDER, DatasetConfig, SettingsError, check_keywords
+from utils import generator, local_path, shipped_path
+
+COLUMNS = ("instruction", "input", "output")
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+TEMPLATE_FOLDER = CONFIG_FOLDER / "template"
+IGNORED = -100  # the label that carries no loss
+ESCAPES = ("\ue000", "\ue001")  # private-use characters around a special token's spelling inside a row
+
+
+# --- load and partition ---------------------------------------------------------------------------
+
+
+def load_rows(cfg: DatasetConfig) -> Dataset:
+    """All rows of `dataset.name`, with the columns instruction, input and output as text.
+
+    Raises:
+        SettingsError: if there is no such data set, it can not be read, or lacks a column.
+    """
+    disable_progress_bars()
+    path = local_path(cfg.name)
+    rows = read_local(cfg, path) if path else read_hub(cfg)
+    missing = [column for column in COLUMNS if column not in rows.column_names]
+    if missing:
+        raise SettingsError(
+            f"dataset.name={cfg.name}: has no column {', '.join(missing)} (it has {', '.join(rows.column_names)}); "
+            f"Alpaca columns are needed: {', '.join(COLUMNS)}"
+        )
+    if not len(rows):
+        raise SettingsError(f"dataset.name={cfg.name}: has no rows")
+    return with_text_columns(rows, cfg.name)
+
+
+def read_local(cfg: DatasetConfig, path: Path) -> Dataset:
+    """Rows of a file, or of all files of one kind in a folder, in the order of their names."""
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in READERS)
+    kinds = {READERS.get(file.suffix) for file in files}
+    if len(kinds) != 1 or None in kinds:
+        raise SettingsError(
+            f"dataset.name={cfg.name}: use a file, or a folder of files of one kind, out of {', '.join(READERS)}"
+        )
+    kind = str(kinds.pop())
+    try:
+        options = csv_options(files[0]) if kind == "csv" else {}
+        return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
+    except Exception as error:  # the readers raise what their parsers raise
+        raise SettingsError(f"dataset.name={cfg.name}: {explain_unreadable(files, kind, error)}") from error
+
+
+def csv_options(path: Path) -> dict[str, Any]:
+    """Read every column as text, as it stands: 007 stays 007 and NA stays NA."""
+    with path.open(newline="", encoding="utf-8") as file:
+        header = next(csv.reader(file), [])
+    return {"keep_default_na": False, "features": Features({name: Value("string") for name in header})}
+
+
+def explain_unreadable(files: Sequence[Path], kind: str, error: Exception) -> str:
+    """Where a file is broken: the line for JSONL, the parser's words otherwise."""
+    for file in files if kind == "json" else []:
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            try:
+                row = json.loads(line or "{}")
+            except ValueError as problem:
+                return f"{file.name} line {number} is not JSON ({problem})"
+            if not isinstance(row, dict):
+                return f"{file.name} line {number} is not an object with the fields {', '.join(COLUMNS)}"
+    cause = error.__cause__ or error
+    return f"can not be read ({' '.join(str(cause).split())[:200]})"
+
+
+def read_hub(cfg: DatasetConfig) -> Dataset:
+    try:
+        rows = load_dataset(cfg.name, split=cfg.split)
+    except Exception as error:  # not found, gated, offline, no such split: the library's own words say which
+        raise SettingsError(
+            f"dataset.name={cfg.name}: no local file or folder, and not to be had from the Hub "
+            f"({' '.join(str(error).split())[:200]}); check the name, dataset.split={cfg.split} and the network"
+        ) from error
+    if isinstance(rows, DatasetDict) or not isinstance(rows, Dataset):
+        raise SettingsError(f"dataset.split={cfg.split}: name one split")
+    return rows
+
+
+def with_text_columns(rows: Dataset, name: str) -> Dataset:
+    """`rows` with numbers in the Alpaca columns turned into text, and nothing but text or nothing allowed."""
+    for column in COLUMNS:
+        kind = getattr(rows.features[column], "dtype", "list")
+        if not isinstance(kind, str) or not kind.startswith(
+            ("string", "large_string", "int", "uint", "float", "bool", "null")
+        ):
+            raise SettingsError(f"dataset.name={name}: column {column} holds {kind}; text is needed")
+    return rows
+
+
+def partition_rows(rows: Dataset, cfg: DatasetConfig, num_partitions: int, seed: int) -> Partitioner:
+    """A Flower Datasets partitioner over `rows`, with `num_partitions` and `seed` where it takes them.
+
+    Raises:
+        SettingsError: if the class, an argument or the number of partitions does not fit.
+    """
+    chosen = partitioner_class(cfg)
+    arguments = {name: value for name, value in cfg.partitioner.items() if name != "_target_"}
+    takes = accepted(chosen)
+    arguments |= {name: value for name, value in (("num_partitions", num_partitions),) if name in takes}
+    if "seed" in takes:
+        arguments.setdefault("seed", seed)
+    if num_partitions > len(rows):
+        raise SettingsError(f"num_clients={num_partitions}: more clients than the {len(rows)} rows of {cfg.name}")
+    try:
+        partitioner: Partitioner = chosen(**arguments)
+        partitioner.dataset = rows
+        count = partitioner.num_partitions
+    except Exception as error:  # partitioners raise what their arithmetic raises
+        raise SettingsError(f"dataset.partitioner={chosen.__name__}: {' '.join(str(error).split())[:300]}") from error
+    if count != num_partitions:
+        raise SettingsError(
+            f"num_clients={num_partitions}: {chosen.__name__} makes {count} partitions; set num_clients={count}"
+        )
+    return partitioner
+
+
+def partitioner_class(cfg: DatasetConfig) -> type[Partitioner]:
+    target = cfg.partitioner["_target_"]
+    try:
+        chosen = get_class(target)
+    except Exception as error:
+        raise SettingsError(f"dataset.partitioner._target_={target}: there is no such class") from error
+    if not issubclass(chosen, Partitioner):
+        raise SettingsError(f"dataset.partitioner._target_={target}: not a flwr_datasets partitioner")
+    check_keywords("dataset.partitioner", cfg.partitioner, chosen, {"num_partitions": "set num_clients"})
+    return chosen
+
+
+def accepted(target: type) -> Iterable[str]:
+
+    return inspect.signature(target).parameters
+
+
+# --- prompt, tokens and loss mask -----------------------------------------------------------------
+
+
+def read_template(cfg: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja chat template that `dataset.template` names.
+
+    Raises:
+        SettingsError: if there is none of that name.
+    """
+    if cfg.template == "tokenizer":
+        if not isinstance(tokenizer.chat_template, str):
+            raise SettingsError("dataset.template=tokenizer: this model's tokenizer has no chat template; use alpaca")
+        return tokenizer.chat_template
+    return find_template(cfg.template).read_text(encoding="utf-8")
+
+
+def find_template(name: str) -> Path:
+    """The file of a template of conf/template, or of the user's own."""
+    path = shipped_path(f"conf/template/{name}.jinja") or local_path(name)
+    if path is None or not path.is_file():
+        known = ", ".join(sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.jinja")))
+        raise SettingsError(f"dataset.template={name}: use {known}, tokenizer, or the path of a Jinja file")
+    return path
+
+
+def as_message(row: Mapping[str, Any]) -> dict[str, str]:
+    """The user's turn of an Alpaca row. `content` holds instruction and input, whatever the template."""
+    instruction, given = text_of(row["instruction"]), text_of(row.get("input"))
+    content = f"{instruction}\n\n### Input:\n{given}" if given.strip() else instruction
+    return {"role": "user", "content": content, "input": given.strip()}
+
+
+def text_of(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
+    """Token ids of a conversation up to where the response starts: the same in training and in generation."""
+    return encode_text(tokenizer, render(tokenizer, template, messages, for_response=True))
+
+
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase, template: str, message: Mapping[str, str], response: str
+) -> list[int]:
+    """Token ids of the response and of what ends it, the end-of-sequence token included.
+
+    Raises:
+        SettingsError: if the template does not write the response behind the prompt.
+    """
+    prompt = render(tokenizer, template, [message], for_response=True)
+    whole = render(tokenizer, template, [message, {"role": "assistant", "content": response}], for_response=False)
+    if not whole.startswith(prompt):
+        raise SettingsError("dataset.template: with a response it does not start as without one; use another template")
+    ids = encode_text(tokenizer, whole[len(prompt) :])
+    return ids if tokenizer.eos_token_id in ids[-2:] else [*ids, tokenizer.eos_token_id]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Mapping[str, str]], *, for_response: bool
+) -> str:
+    """The template's text, in which special tokens that were spelled out by a user are marked by ESCAPES."""
+    safe = [{key: escape(value, tokenizer.all_special_tokens) for key, value in turn.items()} for turn in messages]
+    return str(
+        tokenizer.apply_chat_template(safe, chat_template=template, tokenize=False, add_generation_prompt=for_response)
+    )
+
+
+def escape(text: str, special: Iterable[str]) -> str:
+    for mark in ESCAPES:
+        text = text.replace(mark, "")
+    for token in special:
+        if token in text:
+            text = text.replace(token, f"{ESCAPES[0]}{token}{ESCAPES[1]}")
+    return text
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of rendered text: the template's special tokens are special, a user's are plain text."""
+    ids: list[int] = []
+    for part in text.split(ESCAPES[0]):
+        escaped, mark, rest = part.partition(ESCAPES[1])
+        plain, spelled = (rest, escaped) if mark else (part, "")
+        if spelled:
+            ids += tokenizer(spelled, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if plain:
+            ids += tokenizer(plain, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def fit(prompt: list[int], response: list[int], limit: int) -> tuple[list[int], list[int]]:
+    """Cut a row to `limit` tokens so that response is left: at least a quarter of `limit`, if it has as many.
+
+    The prompt loses its middle, so that the task's start and the response marker stay. The response
+    loses its end, with the end-of-sequence token: a cut answer must not teach to stop there.
+    """
+    kept = max(limit - len(prompt), min(len(response), limit // 4))
+    response = response[:kept]
+    room = limit - len(response)
+    if len(prompt) > room:
+        tail = room // 2
+        prompt = prompt[: room - tail] + prompt[len(prompt) - tail :]
+    return prompt, response
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A client's tokenized rows, and what was left out.
+
+    ids: all rows one behind the other, int32. starts: where each row begins, and the end; rows + 1
+    entries. prompts: tokens of each row's prompt. counts: rows, without_response, cut.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    prompts: np.ndarray
+    counts: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def row(self, index: int) -> dict[str, list[int]]:
+        """One row as `input_ids` and `labels`, the prompt masked."""
+        ids = self.ids[self.starts[index] : self.starts[index + 1]].tolist()
+        prompt = int(self.prompts[index])
+        return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
+
+
+def tokenize_rows(
+    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str, limit: int
+) -> Partition:
+    """Tokenize `rows`. Rows without a response are left out and counted, rows over `limit` tokens are cut."""
+    encoded: list[tuple[list[int], list[int]]] = []
+    counts = {"rows": 0, "without_response": 0, "cut": 0}
+    for row in rows:
+        counts["rows"] += 1
+        response = text_of(row["output"])
+        if not response.strip():
+            counts["without_response"] += 1
+            continue
+        message = as_message(row)
+        whole = encode_prompt(tokenizer, template, [message]), encode_response(tokenizer, template, message, response)
+        encoded.append(fit(*whole, limit))
+        counts["cut"] += encoded[-1] != whole
+    lengths = [len(prompt) + len(response) for prompt, response in encoded]
+    return Partition(
+        ids=np.array([token for pair in encoded for part in pair for token in part], np.int32),
+        starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        prompts=np.array([len(prompt) for prompt, _ in encoded], np.int32),
+        counts=counts,
+    )
+
+
+def save_partition(partition: Partition, path: Path) -> None:
+    """Keep a tokenized partition for the run's other workers. Safe when two write the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
+    arrays = {"ids": partition.ids, "starts": partition.starts, "prompts": partition.prompts}
+    save_file(arrays, beside, metadata={key: str(count) for key, count in partition.counts.items()})
+    beside.replace(path)
+
+
+def load_partition(path: Path) -> Partition:
+    with safe_open(path, framework="np") as file:
+        counts = {key: int(count) for key, count in file.metadata().items()}
+    return Partition(counts=counts, **load_file(path))
+
+
+# --- which rows, and in which order ---------------------------------------------------------------
+
+
+def split_holdout(count: int, share: float, seed: int, partition_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers for training and for evaluation: `share` of `count`, drawn once for a partition."""
+    order = generator("holdout", seed, partition_id).permutation(count)
+    held = int(count * share)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def fresh_rows(rows: np.ndarray, first: int, count: int, seed: int, partition_id: int) -> np.ndarray:
+    """`count` entries of `rows` from position `first` on: shuffled passes, a new order for each pass."""
+    passes = {
+        number: generator("order", seed, partition_id, number).permutation(rows)
+        for number in range(first // len(rows), (first + count - 1) // len(rows) + 1)
+    }
+    return np.array([passes[position // len(rows)][position % len(rows)] for position in range(first, first + count)])

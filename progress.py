@@ -1,0 +1,68 @@
+"""What a person sees while a run goes on: a live line on a terminal, a plain line a round elsewhere."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from utils import bytes_text, seconds_text
+
+
+class RunProgress:
+    """The progress of one run. Use as a context manager; output goes to `console`."""
+
+    def __init__(self, num_rounds: int, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self.num_rounds = num_rounds
+        self.live = self.console.is_terminal
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task("round", total=num_rounds, status="starting the workers")
+
+    def __enter__(self) -> "RunProgress":
+        if self.live:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.bar.stop()
+
+    def start(self, message: str) -> None:
+        """Say what happens before the first round."""
+        self.say(message)
+
+    def say(self, message: str) -> None:
+        if self.live:
+            self.bar.update(self.task, status=message)
+        else:
+            self.console.print(message)
+
+    def warn(self, message: str) -> None:
+        self.console.print(f"warning: {message}", style="yellow", markup=False)
+
+    def round_done(self, record: Mapping[str, Any]) -> None:
+        """Show a line of metrics.jsonl."""
+        evaluation = f" eval {record['eval_loss']:.4f}" if "eval_loss" in record else ""
+        loss = f"loss {record['train_loss']:.4f}{evaluation}"
+        if self.live:
+            self.bar.update(self.task, completed=record["round"], status=f"{loss} lr {record['learning_rate']:.2g}")
+            return
+        wall = record["seconds"]["wall"]
+        left = seconds_text(wall * (self.num_rounds - record["round"]))
+        traffic = bytes_text(record["bytes_up"] + record["bytes_down"])
+        clients = ",".join(map(str, record["clients"]))
+        self.console.print(
+            f"round {record['round']}/{self.num_rounds}  {loss}  clients {clients}  "
+            f"{record['tokens']} tokens  {traffic}  {wall:.1f}s  left {left}"
+        )

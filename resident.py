@@ -1,0 +1,118 @@
+"""A node's resident worker: one process beside a SuperNode that keeps base model, rows and trainer.
+
+The processes that Flower starts for each message hand their work over through a Unix socket in a folder
+that only this user can enter; both sides prove that they know a key. Without a worker (a plain
+`flower-supernode`) the work is done in the message's own process, only slower.
+"""
+
+import logging
+import os
+import shlex
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Error, Message, RecordDict
+
+CLIENT_ERROR = 1  # Error.code of a reply that carries a client's traceback
+SOCKET_VARIABLE, KEY_VARIABLE = "FLOWERTUNE_WORKER", "FLOWERTUNE_WORKER_KEY"
+PARTITIONERS = "flwr_datasets.partitioner."
+
+
+def replied(message: Message, work: Callable[[], RecordDict]) -> Message:
+    """The reply to `message` with what `work` returns, or with the traceback of what it raises."""
+    try:
+        return Message(work(), reply_to=message)
+    except Exception:  # whatever it is, the server must learn of it
+        logging.getLogger(__name__).exception("client failed")
+        return Message(Error(CLIENT_ERROR, traceback.format_exc()), reply_to=message)
+
+
+def call(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> Any:
+    """The RecordDict with which the handler `name` of client.py answers `content` on this node.
+
+    Raises:
+        RuntimeError: with the worker's traceback, if the handler failed.
+        ConnectionError, EOFError: if the worker is gone; its launcher starts another.
+    """
+    if SOCKET_VARIABLE not in os.environ:
+        return work(name, overrides, node, content)
+    with Client(os.environ[SOCKET_VARIABLE], "AF_UNIX", bytes.fromhex(os.environ[KEY_VARIABLE])) as connection:
+        connection.send((name, overrides, dict(node), content))
+        succeeded, result = connection.recv()
+    if not succeeded:
+        raise RuntimeError(result)
+    return result
+
+
+def work(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> Any:
+    """Run a handler in this process."""
+    import client
+
+    return client.handle(name, client.Site(*node_settings(overrides, node)), content, int(node["partition-id"]))
+
+
+def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
+    """The run's settings as this node accepts them, and whether the rows are the node's own.
+
+    What is read on this machine is decided here: the server may name a Hub id or what the suite ships,
+    never a path, a class to import, or code to trust. The node's config names local files: `dataset`
+    (its own rows) and `model` (a folder of base weights).
+
+    Raises:
+        SettingsError: if the server asks for more.
+    """
+    from config import SettingsError, compose
+    from utils import shipped_path
+
+    config = compose(shlex.split(overrides), "deployment")
+    for key, name in (("dataset.name", config.dataset.name), ("model.name", config.model.name)):
+        if key.split(".")[0] not in node and not shipped_path(name) and Path(name).expanduser().exists():
+            raise SettingsError(f"{key}={name}: a server can not name a path on this node; set it in the node's config")
+    passed_on = config.train.training_arguments | config.model.lora | {"dataset.template": config.dataset.template}
+    for key, value in passed_on.items():
+        if isinstance(value, str) and (os.sep in value or value.startswith((".", "~"))):
+            raise SettingsError(f"{key}={value}: a server can not name a path on this node")
+    if not config.dataset.partitioner["_target_"].startswith(PARTITIONERS):
+        raise SettingsError(f"dataset.partitioner._target_: on a node, use one of {PARTITIONERS}*")
+    if config.model.trust_remote_code:
+        raise SettingsError("model.trust_remote_code=true: a node does not run a model repository's code")
+    config.model.name = str(node.get("model", config.model.name))
+    config.dataset.name = str(node.get("dataset", config.dataset.name))
+    return config, "dataset" in node
+
+
+def serve(socket: str, key: bytes) -> None:
+    """Answer one connection after the other until standard input, held by the launcher, is closed."""
+    threading.Thread(target=leave_with_launcher, daemon=True).start()
+    with Listener(socket, "AF_UNIX", authkey=key) as listener:
+        while True:
+            try:
+                with listener.accept() as connection:
+                    answer(connection)
+            except (OSError, EOFError):  # a caller that went away, or did not know the key
+                continue
+
+
+def answer(connection: Connection) -> None:
+    try:
+        reply = True, work(*connection.recv())
+    except Exception:  # the caller reports it
+        reply = False, traceback.format_exc()
+    connection.send(reply)
+
+
+def leave_with_launcher() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    from utils import quiet_libraries
+
+    quiet_libraries()
+    serve(os.environ[SOCKET_VARIABLE], bytes.fromhex(os.environ[KEY_VARIABLE]))

@@ -1,0 +1,433 @@
+"""The server's side of a round: sample clients, check replies, aggregate, checkpoint, record.
+
+The round loop is ours and the arithmetic is Flower's: a strategy's `configure_train` and
+`aggregate_train` are called as Flower's own loop calls them, but which clients take part is drawn
+from (seed, round) by partition id, because Flower's node ids are random in every run.
+"""
+
+import hashlib
+import logging
+import shutil
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import hydra
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from hydra.utils import get_class
+from peft import LoraConfig
+
+import model as adapters
+from config import RunConfig, SettingsError, check_keywords, share_of
+from model import Adapter
+from utils import append_json_line, cosine_learning_rate, generator, plot_train_loss, read_json_lines, write_json
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.05
+PARTS = ("load_s", "data_s", "train_s")
+
+
+class RunError(RuntimeError):
+    """A run that can not go on; the message says what happened and to whom."""
+
+
+class Progress(Protocol):
+    """Where the server says how far it is. See progress.py."""
+
+    def start(self, message: str) -> None: ...
+    def round_done(self, record: Mapping[str, Any]) -> None: ...
+    def warn(self, message: str) -> None: ...
+
+
+def make_strategy(config: RunConfig) -> Strategy:
+    """The Flower strategy that `strategy._target_` names, set to take every client that it is shown.
+
+    Raises:
+        SettingsError: for a class that does not exist or is no strategy, and for arguments that do not fit.
+    """
+    target = config.strategy["_target_"]
+    try:
+        chosen = get_class(target)
+    except Exception as error:
+        raise SettingsError(f"strategy._target_={target}: there is no such class") from error
+    if not issubclass(chosen, Strategy):
+        raise SettingsError(
+            f"strategy._target_={target}: not a message-based Flower strategy (flwr.serverapp.strategy)"
+        )
+    own = ("fraction_fit", "fraction_evaluate", "round_timeout_s")
+    arguments = {key: value for key, value in config.strategy.items() if key not in own}
+    decided = {
+        "fraction_train": "set strategy.fraction_fit",
+        **dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), "set strategy.fraction_fit"),
+        **dict.fromkeys(
+            ("weighted_by_key", "arrayrecord_key", "configrecord_key"), "clients answer with Flower's names"
+        ),
+    }
+    check_keywords("strategy", arguments, chosen, decided)
+    try:
+        strategy: Strategy = hydra.utils.instantiate(arguments)
+    except Exception as error:
+        raise SettingsError(
+            f"strategy: {chosen.__name__} refuses its arguments ({' '.join(str(error).split())[:200]})"
+        ) from error
+    for part in (strategy, getattr(strategy, "strategy", None)):  # the differential-privacy strategies wrap another
+        for name in ("fraction_train", "fraction_evaluate"):
+            if hasattr(part, name):
+                setattr(part, name, 1.0)
+        for name in ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"):
+            if hasattr(part, name):
+                setattr(part, name, 1)
+    return strategy
+
+
+def sample(partitions: Iterable[int], count: int, *key: str | int) -> list[int]:
+    """`count` of the partition ids, drawn without replacement from the generator of `key`, sorted."""
+    drawn = generator(*key).choice(sorted(partitions), size=count, replace=False)
+    return sorted(int(partition) for partition in drawn)
+
+
+def check_reply(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why a training reply can not be aggregated, or None if it can: keys, shapes, finite float32, weight."""
+    if reply.has_error():
+        return str(reply.error.reason)
+    records, metrics = list(reply.content.array_records.values()), list(reply.content.metric_records.values())
+    if len(records) != 1 or len(metrics) != 1:
+        return "needs exactly one ArrayRecord and one MetricRecord"
+    if list(records[0]) != sorted(shapes):
+        return "holds other tensors than the adapter has"
+    for name, array in records[0].items():
+        if tuple(array.shape) != tuple(shapes[name]) or array.dtype != "float32":
+            return f"{name} is {array.dtype} {tuple(array.shape)}, not float32 {tuple(shapes[name])}"
+        if not np.isfinite(array.numpy()).all():
+            return f"{name} is not finite"
+    for name in ("num-examples", "train_loss"):
+        value = metrics[0].get(name)
+        if not isinstance(value, (int, float)) or not np.isfinite(value) or (name == "num-examples" and value <= 0):
+            return f"{name}={value} is no usable number"
+    return None
+
+
+class ShownNodes:
+    """A Grid on which a strategy sees only the nodes that were sampled for this round."""
+
+    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        self._grid, self._node_ids = grid, list(node_ids)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._node_ids)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+
+@dataclass
+class State:
+    """What a run knows after a round, besides the metrics: enough to go on from here."""
+
+    adapter: Adapter
+    round_number: int = 0
+    rows_seen: dict[int, int] = field(default_factory=dict)
+    """By partition id: rows that the client has trained on, counting repetitions."""
+
+
+class Federation:
+    """One run, from asking the clients who they are to the last checkpoint."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, template: str, progress: Progress, stop: threading.Event | None = None
+    ) -> None:
+        self.config, self.folder, self.template, self.progress = config, folder, template, progress
+        self.stop = stop or threading.Event()
+        self.strategy = make_strategy(config)
+        self.lora: LoraConfig = adapters.lora_config(config.model)
+        self.shapes = adapters.adapter_shapes(adapters.read_config(config.model), self.lora)
+        self.state = State(adapters.initial_adapter(self.shapes, self.lora, config.seed))
+        self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
+        self.num_rows: dict[int, int] = {}
+        self.processes: set[str] = set()
+        self.started = time.perf_counter()
+
+    def run(self, grid: Grid) -> dict[str, Any]:
+        """All rounds; returns the summary that results.json holds.
+
+        Raises:
+            RunError: if a round has no valid reply, or the engine stopped.
+        """
+        self.progress.start("waiting for the clients")
+        self.meet_clients(grid, self.config.num_clients)
+        self.complete_adapter(grid)
+        for round_number in range(self.state.round_number + 1, self.config.num_rounds + 1):
+            self.play_round(grid, round_number)
+        return self.summarize()
+
+    def meet_clients(self, grid: Grid, at_least: int = 1) -> None:
+        """Wait for `at_least` clients, ask those that are new who they are, and forget those that are gone."""
+        while len(online := set(grid.get_node_ids())) < at_least:
+            self.wait()
+        self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
+        new = sorted(online - set(self.nodes.values()))
+        timeout_s = self.config.sampling.round_timeout_s
+        for reply in self.exchange(grid, [Message(RecordDict(), node, MessageType.QUERY) for node in new], timeout_s):
+            if reply.has_error():
+                raise RunError(f"a client can not say who it is:\n{reply.error.reason}")
+            facts: Any = reply.content["client"]
+            partition = int(facts["partition-id"])
+            if partition in self.nodes:
+                raise RunError(f"two clients have partition {partition}: give each node a partition-id of its own")
+            self.nodes[partition] = reply.metadata.src_node_id
+            self.num_rows[partition] = int(facts["num-rows"])
+            log.info("client %s: %s rows, %s", partition, facts["num-rows"], facts["device"])
+        if len(self.nodes) < at_least:
+            raise RunError(f"{len(self.nodes)} of {at_least} clients answered within {timeout_s:g}s")
+
+    def complete_adapter(self, grid: Grid) -> None:
+        """Fetch from one client the tensors whose first values depend on the base weights (DoRA's magnitudes)."""
+        if set(self.state.adapter) == set(self.shapes):
+            return
+        ask = Message(RecordDict(), self.nodes[min(self.nodes)], f"{MessageType.QUERY}.initial_adapter")
+        replies = self.exchange(grid, [ask])
+        if not replies or replies[0].has_error():
+            raise RunError(f"no initial adapter:\n{replies[0].error.reason if replies else 'no reply'}")
+        received: Any = replies[0].content["arrays"]
+        whole = {name: received[name].numpy() for name in self.shapes} | self.state.adapter
+        self.state.adapter = dict(sorted(whole.items()))
+
+    def play_round(self, grid: Grid, round_number: int) -> None:
+        """Sample, train, check, aggregate, record; a checkpoint every `save_every_round` rounds."""
+        self.meet_clients(grid)
+        start = time.perf_counter()
+        config = self.config
+        learning_rate = cosine_learning_rate(
+            round_number, config.num_rounds, config.train.learning_rate_max, config.train.learning_rate_min
+        )
+        count = max(1, share_of(len(self.nodes), config.sampling.fraction_fit))
+        chosen = sample(self.nodes, count, "train", config.seed, round_number)
+        messages = self.training_messages(grid, round_number, chosen, learning_rate)
+        replies = self.exchange(grid, messages, config.sampling.round_timeout_s)
+        good = self.guard(round_number, chosen, replies)
+        aggregating = time.perf_counter()
+        arrays, _ = self.strategy.aggregate_train(round_number, [reply for _, reply in good])
+        if arrays is None:
+            raise RunError(f"round {round_number}: the strategy returned no adapter")
+        self.state.adapter = {name: arrays[name].numpy().astype(np.float32) for name in sorted(self.shapes)}
+        self.state.round_number = round_number
+        evaluation = self.evaluate(grid, round_number)
+        record = (
+            {"round": round_number, "learning_rate": learning_rate} | self.account(good, messages, replies) | evaluation
+        )
+        if round_number % config.train.save_every_round == 0 or round_number == config.num_rounds:
+            self.save_checkpoint()
+        now = time.perf_counter()
+        busy = busiest_process(good)
+        aggregate, wall = now - aggregating, now - start
+        record["seconds"] |= {"transfer": max(0.0, aggregating - start - busy), "aggregate": aggregate, "wall": wall}
+        append_json_line(self.folder / "metrics.jsonl", record)
+        log.info("round %s: %s", round_number, record)
+        self.progress.round_done(record)
+
+    def training_messages(
+        self, grid: Grid, round_number: int, chosen: Sequence[int], learning_rate: float
+    ) -> list[Message]:
+        """The strategy's messages to the `chosen` clients, each with the position in that client's own data."""
+        partition_of = {self.nodes[partition]: partition for partition in chosen}
+        arrays = ArrayRecord({name: Array(value) for name, value in self.state.adapter.items()})
+        shown: Any = ShownNodes(grid, list(partition_of))
+        messages = []
+        for message in self.strategy.configure_train(
+            round_number, arrays, ConfigRecord({"learning-rate": learning_rate}), shown
+        ):
+            node = message.metadata.dst_node_id
+            own = {"first-row": self.state.rows_seen.get(partition_of[node], 0), "server-round": round_number}
+            content = RecordDict(
+                dict(message.content) | {"config": ConfigRecord(dict(message.content.config_records["config"]) | own)}
+            )
+            messages.append(Message(content, node, message.metadata.message_type))
+        return messages
+
+    def guard(self, round_number: int, chosen: Sequence[int], replies: Sequence[Message]) -> list[tuple[int, Message]]:
+        """The replies that can be aggregated, by partition id; the others are named in the log and dropped.
+
+        Raises:
+            RunError: if none is left, with the first client's own traceback.
+        """
+        partition_of = {node: partition for partition, node in self.nodes.items()}
+        answered = {partition_of[reply.metadata.src_node_id]: reply for reply in replies}
+        good, faults = [], {}
+        for partition in chosen:
+            reply = answered.get(partition)
+            fault = (
+                check_reply(reply, self.shapes) if reply else f"no reply in {self.config.sampling.round_timeout_s:g}s"
+            )
+            if fault:
+                faults[partition] = fault
+            elif reply:
+                good.append((partition, reply))
+        for partition, fault in faults.items():
+            log.error("round %s: client %s: %s", round_number, partition, fault)
+            self.progress.warn(
+                f"round {round_number}: client {partition} is left out: {fault.strip().splitlines()[-1]}"
+            )
+        if not good:
+            partition, fault = next(iter(faults.items()))
+            raise RunError(
+                f"round {round_number}: not one valid reply from clients {list(chosen)}; "
+                f"client {partition} says:\n{fault}"
+            )
+        return good
+
+    def account(
+        self, good: Sequence[tuple[int, Message]], messages: Sequence[Message], replies: Sequence[Message]
+    ) -> dict[str, Any]:
+        """What the round did, from the replies that count; also moves the clients' data positions on."""
+        reports = {partition: metrics_of(reply) for partition, reply in good}
+        weights = {partition: report["num-examples"] for partition, report in reports.items()}
+        for partition, report in reports.items():
+            self.state.rows_seen[partition] = self.state.rows_seen.get(partition, 0) + int(report["rows"])
+            self.num_rows[partition] = int(report["num-examples"])
+        self.processes |= {process_of(reply) for _, reply in good}
+
+        def total(name: str) -> int:
+            return int(sum(report[name] for report in reports.values()))
+
+        return {
+            "train_loss": sum(weights[p] * reports[p]["train_loss"] for p in reports) / sum(weights.values()),
+            "clients": list(reports),
+            "num_examples": weights,
+            "rows": total("rows"),
+            "rows_used": {p: min(self.state.rows_seen[p], self.num_rows[p]) for p in reports},
+            "tokens": total("tokens"),
+            "without_response": total("without_response"),
+            "cut": total("cut"),
+            "bytes_down": sum(payload_bytes(message) for message in messages),
+            "bytes_up": sum(payload_bytes(reply) for reply in replies),
+            "model_loads": total("model_loads"),
+            "tokenizations": total("tokenizations"),
+            "processes": sorted({process_of(reply) for _, reply in good}),
+            "peak_memory_bytes": int(max(report["peak_memory_bytes"] for report in reports.values())),
+            "seconds": {part[:-2]: sum(report[part] for report in reports.values()) for part in PARTS},
+        }
+
+    def evaluate(self, grid: Grid, round_number: int) -> dict[str, Any]:
+        """Loss of the new adapter on held-out rows of some clients, if `fraction_evaluate` asks for it."""
+        count = share_of(len(self.nodes), self.config.sampling.fraction_evaluate)
+        if not count:
+            return {}
+        chosen = sample(self.nodes, count, "evaluate", self.config.seed, round_number)
+        arrays = ArrayRecord({name: Array(value) for name, value in self.state.adapter.items()})
+        shown: Any = ShownNodes(grid, [self.nodes[partition] for partition in chosen])
+        messages = list(self.strategy.configure_evaluate(round_number, arrays, ConfigRecord(), shown))
+        replies = self.exchange(grid, messages, self.config.sampling.round_timeout_s)
+        good = [reply for reply in replies if not reply.has_error()]
+        for reply in replies:
+            if reply.has_error():
+                log.error("round %s: evaluation failed:\n%s", round_number, reply.error.reason)
+                self.progress.warn(
+                    f"round {round_number}: an evaluation failed: {str(reply.error.reason).strip().splitlines()[-1]}"
+                )
+        if not good:
+            return {}
+        reports = [metrics_of(reply) for reply in good]
+        weight = sum(report["num-examples"] for report in reports)
+        names = ("eval_loss", "eval_token_accuracy")
+        return {name: sum(r[name] * r["num-examples"] for r in reports) / weight for name in names} | {
+            "evaluated": len(good)
+        }
+
+    def exchange(self, grid: Grid, messages: Sequence[Message], timeout_s: float | None = None) -> list[Message]:
+        """Send `messages`; the replies, sorted by partition id, so that sums do not depend on who was first."""
+        waiting = set(grid.push_messages(messages))
+        deadline = time.monotonic() + timeout_s if timeout_s else None
+        replies: list[Message] = []
+        while waiting and not (deadline and time.monotonic() > deadline):
+            arrived = list(grid.pull_messages(waiting))
+            replies += arrived
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            if waiting:
+                self.wait()
+        order = {node: partition for partition, node in self.nodes.items()}
+        return sorted(replies, key=lambda reply: order.get(reply.metadata.src_node_id, 0))
+
+    def wait(self) -> None:
+        if self.stop.wait(POLL_S):
+            raise RunError("the engine stopped; main.log has its last words")
+
+    def save_checkpoint(self) -> None:
+        """Write `peft_<round>/` whole or not at all."""
+        folder = self.folder / f"peft_{self.state.round_number}"
+        beside = folder.with_suffix(".tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        adapters.save_adapter(beside, self.state.adapter, self.lora, self.template)
+        state = {
+            "round": self.state.round_number,
+            "quantization": self.config.model.quantization,
+            "rows_seen": {str(p): n for p, n in sorted(self.state.rows_seen.items())},
+        }
+        write_json(beside / "state.json", state)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
+    def summarize(self) -> dict[str, Any]:
+        """Write results.json and train_loss.png; returns the former."""
+        metrics = read_json_lines(self.folder / "metrics.jsonl")
+        losses = [line["train_loss"] for line in metrics]
+        used = {p: min(seen, self.num_rows[p]) for p, seen in sorted(self.state.rows_seen.items())}
+        summary = {
+            "rounds": len(metrics),
+            "final_train_loss": losses[-1],
+            "best_train_loss": min(losses),
+            "clients_used": len(used),
+            "rows_used": sum(used.values()),
+            "rows_used_by_client": used,
+            "rows_trained": sum(self.state.rows_seen.values()),
+            "tokens": sum(line["tokens"] for line in metrics),
+            "bytes_down": sum(line["bytes_down"] for line in metrics),
+            "bytes_up": sum(line["bytes_up"] for line in metrics),
+            "processes": len(self.processes),
+            "model_loads": sum(line["model_loads"] for line in metrics),
+            "tokenizations": sum(line["tokenizations"] for line in metrics),
+            "peak_memory_bytes": max(line["peak_memory_bytes"] for line in metrics),
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "adapter": f"peft_{self.state.round_number}",
+            "adapter_sha256": file_sha256(self.folder / f"peft_{self.state.round_number}" / adapters.ADAPTER_FILE),
+        }
+        write_json(self.folder / "results.json", summary)
+        title = f"{self.config.model.name}, {self.config.num_clients} clients"
+        plot_train_loss(metrics, self.folder / "train_loss.png", title)
+        return summary
+
+
+def metrics_of(reply: Message) -> Mapping[str, Any]:
+    record: MetricRecord = next(iter(reply.content.metric_records.values()))
+    return record
+
+
+def process_of(reply: Message) -> str:
+    worker: Any = reply.content["worker"]
+    return str(worker["process"])
+
+
+def busiest_process(good: Sequence[tuple[int, Message]]) -> float:
+    """Seconds that the busiest worker process worked: the part of a round that no engine could save."""
+    busy: dict[str, float] = defaultdict(float)
+    for _, reply in good:
+        busy[process_of(reply)] += float(metrics_of(reply)["total_s"])
+    return max(busy.values())
+
+
+def payload_bytes(message: Message) -> int:
+    """Bytes of the arrays in a message."""
+    if message.has_error():
+        return 0
+    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

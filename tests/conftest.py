@@ -1,0 +1,97 @@
+"""A federation without an engine: the real server and the real client handlers in one process."""
+
+import itertools
+from collections.abc import Iterable
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.supercore.task_identity import TaskIdentity
+
+import client
+from client import Site, client_app
+from config import RunConfig, compose
+from dataset import TEMPLATE_FOLDER
+from strategy import Federation
+
+SMALL = [
+    "experiment=quickstart",
+    "num_clients=4",
+    "num_rounds=2",
+    "strategy.fraction_fit=0.5",
+    "model.quantization=none",
+    "model.lora.r=4",
+    "model.lora.target_modules=[q_proj,v_proj]",
+    "train.training_arguments.max_steps=2",
+    "train.training_arguments.per_device_train_batch_size=4",
+    "train.micro_batch_size=2",
+]
+
+
+def small(*overrides: str) -> RunConfig:
+    """The quickstart, cut down to seconds."""
+    return compose([*SMALL, *overrides])
+
+
+class LocalGrid:
+    """Flower's Grid with every client in this process: a message is answered as soon as it is pushed."""
+
+    def __init__(self, app: ClientApp, num_clients: int) -> None:
+        self.app = app
+        self.nodes = {1000 + 7 * partition: partition for partition in range(num_clients)}
+        self.replies: dict[str, Message] = {}
+        self.numbers = itertools.count()
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        return [self.answer(message) for message in messages]
+
+    def answer(self, message: Message) -> str:
+        name = f"message-{next(self.numbers)}"
+        message.metadata.__dict__["_message_id"] = name
+        node = message.metadata.dst_node_id
+        settings = {"partition-id": self.nodes[node], "num-partitions": len(self.nodes)}
+        context = Context(run_id=1, node_id=node, node_config=settings, state=RecordDict(), run_config={})
+        self.replies[name] = self.app(message=message, context=context)
+        return name
+
+    def pull_messages(self, names: Iterable[str]) -> list[Message]:
+        return [self.replies.pop(name) for name in list(names) if name in self.replies]
+
+
+class Silent:
+    """A progress display that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.rounds: list[dict] = []
+        self.warnings: list[str] = []
+
+    def start(self, message: str) -> None: ...
+
+    def round_done(self, record: dict) -> None:
+        self.rounds.append(dict(record))
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def make_federation(config: RunConfig, folder) -> Federation:
+    template = (TEMPLATE_FOLDER / f"{config.dataset.template}.jinja").read_text()
+    folder.mkdir(parents=True, exist_ok=True)
+    return Federation(config, folder, template, Silent())
+
+
+def run_locally(config: RunConfig, folder, app: ClientApp | None = None) -> tuple[Federation, dict]:
+    """A whole run without an engine, with a worker of its own; returns the server and its summary."""
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # what the engine would set
+    client._resident.clear()
+    federation = make_federation(config, folder)
+    grid = LocalGrid(app or client_app(Site(config)), config.num_clients)
+    return federation, federation.run(grid)
+
+
+@pytest.fixture
+def facts() -> ConfigRecord:
+    return ConfigRecord({"process": "test:1"})

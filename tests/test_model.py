@@ -1,0 +1,121 @@
+"""Adapters without a base model equal PEFT's own; a base model is never changed."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import model as adapters
+import plan
+from config import compose
+from tests.conftest import small
+
+OPEN_LLAMA = {  # name: shapes, bytes of the float32 adapter with r=32 on q_proj and v_proj
+    "3b": (dict(hidden_size=3200, num_hidden_layers=26, intermediate_size=8640, num_attention_heads=32), 42_598_400),
+    "7b": (dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=11008, num_attention_heads=32), 67_108_864),
+}
+
+
+@pytest.mark.parametrize("size", OPEN_LLAMA)
+def test_adapter_built_without_weights_has_peft_keys_shapes_and_bytes(size):
+    shape, expected_bytes = OPEN_LLAMA[size]
+    base, lora = LlamaConfig(vocab_size=32000, **shape), adapters.lora_config(compose().model)
+    adapter = adapters.initial_adapter(adapters.adapter_shapes(base, lora), lora, seed=0)
+    with torch.device("meta"):
+        peft = get_peft_model(AutoModelForCausalLM.from_config(base), lora)
+    expected = {
+        name.replace(".default", ""): tuple(weight.shape) for name, weight in peft.named_parameters() if "lora_" in name
+    }
+    assert {name: array.shape for name, array in adapter.items()} == expected
+    assert sum(array.nbytes for array in adapter.values()) == expected_bytes
+    assert all(array.dtype == np.float32 for array in adapter.values())
+
+
+def quickstart(quantization="none", *overrides):
+    return small(f"model.quantization={quantization}", *overrides).model
+
+
+def built(cfg):
+    lora = adapters.lora_config(cfg)
+    shapes = adapters.adapter_shapes(adapters.read_config(cfg), lora)
+    return lora, shapes, adapters.initial_adapter(shapes, lora, seed=3)
+
+
+def test_initial_adapter_follows_peft_distribution_and_changes_nothing():
+    lora, _, adapter = built(quickstart())
+    down = np.concatenate([value.ravel() for name, value in adapter.items() if "lora_A" in name])
+    bound = 1 / np.sqrt(256)  # Kaiming uniform with a = sqrt(5): sqrt(6 / (6 * fan_in)), fan_in = hidden size
+    assert np.abs(down).max() <= bound
+    assert abs(down.std() - bound / np.sqrt(3)) < 0.05 * bound
+    assert all(not value.any() for name, value in adapter.items() if "lora_B" in name)
+
+
+def test_initial_adapter_is_fixed_by_the_seed():
+    lora, shapes, adapter = built(quickstart())
+    again, other = (adapters.initial_adapter(shapes, lora, seed) for seed in (3, 4))
+    assert all(np.array_equal(adapter[name], again[name]) for name in adapter)
+    assert not all(np.array_equal(adapter[name], other[name]) for name in adapter)
+
+
+@pytest.mark.parametrize("quantization", ["4", "8", "none"])
+def test_saved_checkpoint_loads_with_peft_and_gives_the_same_logits(quantization, tmp_path):
+    cfg = quickstart(quantization)
+    lora, _, adapter = built(cfg)
+    noise = np.random.default_rng(0)
+    adapter = {name: noise.normal(0, 0.05, value.shape).astype(np.float32) for name, value in adapter.items()}
+    adapters.save_adapter(tmp_path / "peft_1", adapter, lora, "template")
+    ids = torch.arange(3, 30)[None]
+    ours = adapters.add_adapter(adapters.load_base(cfg, "cpu"), cfg).eval()
+    adapters.set_adapter(ours, adapter)
+    theirs = PeftModel.from_pretrained(adapters.load_base(cfg, "cpu"), tmp_path / "peft_1").eval()
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+        with ours.disable_adapter():
+            assert not torch.equal(ours(ids).logits, theirs(ids).logits)
+    loaded = adapters.load_adapter(tmp_path / "peft_1")
+    assert list(loaded) == sorted(adapter)
+    assert all(np.array_equal(loaded[name], adapter[name]) for name in adapter)
+
+
+def test_adapter_that_goes_in_comes_out():
+    cfg = quickstart("4", "model.lora.target_modules=all-linear")
+    _, shapes, adapter = built(cfg)
+    adapter = {name: value + np.float32(0.125) for name, value in adapter.items()}
+    model = adapters.add_adapter(adapters.load_base(cfg, "cpu"), cfg)
+    adapters.set_adapter(model, adapter)
+    back = adapters.get_adapter(model)
+    assert list(back) == sorted(shapes)
+    assert all(np.array_equal(back[name], adapter[name]) for name in adapter)
+
+
+def test_quantized_base_is_nf4_with_double_quantization_and_bfloat16_compute():
+    base = adapters.load_base(quickstart("4"), "cpu")
+    weight = base.model.layers[0].self_attn.q_proj.weight
+    assert weight.quant_state.quant_type == "nf4"
+    assert weight.quant_state.nested
+    assert base.model.layers[0].self_attn.q_proj.compute_dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def weights_digest(model) -> str:
+    """SHA-256 over every tensor of a model, without its adapter."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if "lora_" not in name and isinstance(value, torch.Tensor):
+            digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("size", OPEN_LLAMA)
+@pytest.mark.parametrize("quantization", ["4", "8"])
+@pytest.mark.parametrize("micro", [16, 4])
+def test_memory_estimate_is_near_the_computed_floors(size, quantization, micro):
+    floors = {("7b", "8"): (12.2, 9.0), ("7b", "4"): (9.0, 5.9), ("3b", "8"): (7.4, 5.2), ("3b", "4"): (5.9, 3.6)}
+    config = compose([f"model.quantization={quantization}", f"train.micro_batch_size={micro}"])
+    base = LlamaConfig(vocab_size=32000, **OPEN_LLAMA[size][0])
+    estimate = plan.memory_bytes(plan.sizes(base, config), config) / 1e9
+    floor = floors[size, quantization][0 if micro == 16 else 1]
+    assert 0.85 * floor < estimate < 1.15 * floor

@@ -1,0 +1,46 @@
+"""The Ray-backed engine, for real: one short federation from the command line, and its failures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from utils import read_json_lines
+
+SUITE = Path(__file__).parent.parent
+SHORT = ["num_rounds=3", "num_clients=5", "strategy.fraction_fit=0.4", "train.training_arguments.max_steps=2"]
+
+
+def run_main(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "main.py", "experiment=quickstart", *SHORT, f"hydra.run.dir={folder}", *overrides]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=SUITE, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_simulation_loads_once_a_worker_tokenizes_once_a_partition_and_wastes_no_time(tmp_path):
+    done = run_main(tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert sum(line.startswith("round ") for line in lines) == 3
+    assert lines[-1].startswith("results: ")
+    assert len(lines) <= 6, "engine noise reached the terminal"
+    assert done.stderr == ""
+    metrics = read_json_lines(tmp_path / "metrics.jsonl")
+    summary = json.loads((tmp_path / "results.json").read_text())
+    assert summary["model_loads"] == summary["processes"] <= os.cpu_count()
+    assert summary["tokenizations"] == summary["clients_used"]
+    for line in metrics[1:]:
+        assert line["seconds"]["transfer"] + line["seconds"]["aggregate"] < 1.0
+    assert not (tmp_path / ".tokens").exists()
+    assert "flwr" in (tmp_path / "main.log").read_text()
+
+
+def test_clients_that_all_fail_end_the_run_with_their_traceback_and_exit_code_1(tmp_path):
+    data = tmp_path / "empty.jsonl"
+    data.write_text('{"instruction": "x", "input": "", "output": ""}\n' * 10)
+    done = run_main(tmp_path / "run", f"dataset.name={data}")
+    assert done.returncode == 1
+    assert "none of its 2 rows has a response to train on" in done.stderr
+    assert "not one valid reply" in done.stderr
+    assert not (tmp_path / "run" / "results.json").exists()

@@ -1,0 +1,57 @@
+"""Small helpers, against hand arithmetic."""
+
+import json
+
+import pytest
+
+import utils
+
+
+def test_learning_rate_falls_by_cosine_from_first_to_last_round():
+    rates = [utils.cosine_learning_rate(number, 5, 4.0, 0.0) for number in range(1, 6)]
+    # 2 * (1 + cos(pi * k / 4)) for k = 0..4
+    assert rates == pytest.approx([4.0, 2 + 2**0.5 * 1.0, 2.0, 2 - 2**0.5 * 1.0, 0.0])
+    assert utils.cosine_learning_rate(1, 1, 4.0, 1.0) == 4.0
+
+
+def test_smoothing_has_no_start_up_bias_and_follows_the_values():
+    assert utils.smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    # weight 1/2: first 1; then (1/2 * (1/2 * 1) + 1/2 * 4) / (1 - 1/4) = 3
+    assert utils.smoothed([1.0, 4.0], weight=0.5) == pytest.approx([1.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (67_108_864, "67.1 MB"), (2e12, "2.0 TB")]
+)
+def test_bytes_are_written_in_decimal_units(count, text):
+    assert utils.bytes_text(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(1.25, "1.2s"), (200, "3m 20s"), (3725, "1h 02m")])
+def test_durations_are_written_for_people(seconds, text):
+    assert utils.seconds_text(seconds) == text
+
+
+def test_generators_differ_by_key_and_repeat_by_key():
+    draws = {
+        key: tuple(utils.generator(*key).integers(0, 2**31, 4))
+        for key in [("a", 0, 1), ("a", 1, 0), ("a", 0, 1, 0), ("b", 0, 1)]
+    }
+    assert len(set(draws.values())) == 4
+    assert draws["a", 0, 1] == tuple(utils.generator("a", 0, 1).integers(0, 2**31, 4))
+
+
+def test_json_files_are_whole_or_absent(tmp_path):
+    utils.write_json(tmp_path / "a.json", {"x": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    with pytest.raises(TypeError):
+        utils.write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_names_are_looked_up_where_the_user_is_and_then_in_the_suite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert utils.local_path("quickstart/model") == utils.SUITE_FOLDER / "quickstart/model"
+    (tmp_path / "quickstart/model").mkdir(parents=True)
+    assert utils.local_path("quickstart/model").resolve() == tmp_path / "quickstart/model"
+    assert utils.local_path("openlm-research/open_llama_7b_v2") is None

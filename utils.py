@@ -1,0 +1,164 @@
+"""Small pure helpers that several modules share: paths, schedule, seeds, metrics, plots."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SUITE_FOLDER = Path(__file__).resolve().parent
+
+
+def local_path(name: str) -> Path | None:
+    """The file or folder that `name` means: as given, or one that the suite ships; None if there is none."""
+    given = Path(name).expanduser()
+    return given if given.exists() else shipped_path(name)
+
+
+def shipped_path(name: str) -> Path | None:
+    """The file or folder `name` inside the suite; None if the suite ships none of that name.
+
+    Flower's app bundle can not hold weights or templates: from inside one, they are found in the
+    folder from which `pip install -r requirements.txt` installed the suite.
+    """
+    for suite in (SUITE_FOLDER, installed_folder()):
+        if suite and (suite / name).exists() and (suite / name).resolve().is_relative_to(suite.resolve()):
+            return suite / name
+    return None
+
+
+@functools.cache
+def installed_folder() -> Path | None:
+    """The suite's folder, if it is installed in this environment."""
+    try:
+        origin = importlib.metadata.distribution("llm-flowertune").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return Path(urllib.request.url2pathname(urllib.parse.urlsplit(json.loads(origin)["url"]).path)) if origin else None
+
+
+def cosine_learning_rate(round_number: int, num_rounds: int, highest: float, lowest: float) -> float:
+    """Learning rate of a round in 1..num_rounds: `highest` in the first, `lowest` in the last, cosine between."""
+    if num_rounds == 1:
+        return highest
+    progress = (round_number - 1) / (num_rounds - 1)
+    return lowest + 0.5 * (highest - lowest) * (1 + math.cos(math.pi * progress))
+
+
+def seed_of(*key: str | int) -> int:
+    """A 63-bit seed for each key, such as ("dropout", seed, round, partition); no two keys share one."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def generator(*key: str | int) -> np.random.Generator:
+    """A generator of its own for each key. numpy's own seeding would take (0, 1) and (0, 1, 0) for the same."""
+    return np.random.default_rng(seed_of(*key))
+
+
+def log_to_file(path: Path) -> None:
+    """Let this process log to `path` (once), and only there: what libraries print is for the log, not the user."""
+    root = logging.getLogger()
+    if not path.parent.is_dir() or any(
+        getattr(handler, "baseFilename", None) == str(path) for handler in root.handlers
+    ):
+        return
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s][%(process)d] - %(message)s"))
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Send the warnings of the libraries to the log instead of the terminal, and turn their progress bars off."""
+    import datasets
+    from flwr.supercore.logger import FLOWER_LOGGER, console_handler
+
+    quiet_transformers()
+    datasets.disable_progress_bars()
+    FLOWER_LOGGER.removeHandler(console_handler)
+    FLOWER_LOGGER.propagate = True
+
+
+def quiet_transformers() -> None:
+    """Send warnings and the messages of transformers to the log, if there is one, and turn progress bars off."""
+    import transformers
+
+    logging.captureWarnings(True)
+    logging.getLogger().addHandler(logging.NullHandler())  # without any handler, Python writes to stderr
+    transformers.logging.disable_default_handler()
+    transformers.logging.enable_propagation()
+    transformers.logging.disable_progress_bar()
+
+
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one line to a JSONL file, on disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a whole JSON file or nothing: beside it first, then renamed into place."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    """Exponential moving average without start-up bias, as TensorBoard draws it."""
+    average, curve = 0.0, []
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        curve.append(average / (1 - weight**count))
+    return curve
+
+
+def plot_train_loss(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw the loss of each round, raw and smoothed, into a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rounds, losses = [line["round"] for line in metrics], [line["train_loss"] for line in metrics]
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rounds, losses, color="#0072B2", alpha=0.35, linewidth=1, marker="o", markersize=3, label="each round")
+    axes.plot(rounds, smoothed(losses), color="#0072B2", linewidth=2, label="smoothed")
+    axes.set(title=title, xlabel="Round", ylabel="Training loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def bytes_text(count: float) -> str:
+    """A byte count for people: 67.1 MB. Decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for people: 1h 02m, 3m 20s or 12.3s."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes = int(seconds) // 60
+    return f"{minutes // 60}h {minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m {int(seconds) % 60:02d}s"
