@@ -1,0 +1,213 @@
+"""test.py: the prompt of training, greedy decoding as generate's, batches as single questions, and what is refused."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import answering
+import dataset
+import model as adapters
+import test as cli
+from config import SettingsError
+from tests.conftest import small
+from utils import SUITE_FOLDER, read_json_lines
+
+ALPACA = dataset.find_template("alpaca").read_text()
+HELDOUT = read_json_lines(SUITE_FOLDER / "quickstart/data/heldout.jsonl")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """A run folder whose adapter does something, though nothing sensible."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = small().model
+    lora = adapters.lora_config(cfg)
+    shapes = adapters.adapter_shapes(adapters.read_config(cfg), lora)
+    draw = np.random.default_rng(1)
+    for number in (2, 10):
+        adapter = {name: draw.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+        adapters.save_adapter(folder / f"peft_{number}", adapter, lora, ALPACA)
+        (folder / f"peft_{number}" / "state.json").write_text(json.dumps({"round": number, "quantization": "none"}))
+    return folder
+
+
+def options(run_folder, *extra: str):
+    parsed = cli.parse([f"--peft-path={run_folder}", "--temperature=0", "--max-new-tokens=24", *extra])
+    cli.check_arguments(parsed)
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def answerer(run_folder):
+    return answering.Answerer(answering.find_checkpoint(str(run_folder)), options(run_folder, "--question=x"))
+
+
+def test_a_run_folder_means_its_last_checkpoint(run_folder):
+    assert answering.find_checkpoint(str(run_folder)).name == "peft_10"
+    assert answering.find_checkpoint(str(run_folder / "peft_2")).name == "peft_2"
+
+
+@pytest.mark.parametrize("quantization", ["4", "8", "none"])
+def test_base_model_is_loaded_as_it_was_trained_unless_told_otherwise(quantization, run_folder, tmp_path):
+    checkpoint = tmp_path / "peft_1"
+    checkpoint.mkdir()
+    (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "quickstart/model"}')
+    assert answering.base_settings(checkpoint, None).quantization == "none"  # an adapter from elsewhere
+    (checkpoint / "state.json").write_text(json.dumps({"quantization": quantization}))
+    assert answering.base_settings(checkpoint, None).quantization == quantization
+    assert answering.base_settings(checkpoint, "8").quantization == "8"
+
+
+def test_prompt_ids_equal_those_of_training_up_to_the_response(answerer):
+    for row in HELDOUT[:20]:
+        partition = dataset.tokenize_rows([row], answerer.tokenizer, ALPACA, 512)
+        assert answerer.prompt([dataset.as_message(row)]) == partition.ids[: partition.prompts[0]].tolist()
+
+
+def test_greedy_answer_equals_generate_on_the_same_ids(answerer):
+    for row in HELDOUT[:5]:
+        prompt = answerer.prompt([dataset.as_message(row)])
+        direct = answerer.model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=answerer.tokenizer.eos_token_id,
+            pad_token_id=answerer.tokenizer.eos_token_id,
+        )[0, len(prompt) :].tolist()
+        assert answerer.generate([prompt]) == [answering.until(direct, answerer.tokenizer.eos_token_id)]
+
+
+def test_generation_stops_at_the_end_of_sequence_token(answerer):
+    assert answering.until([5, 6, 2, 7], 2) == [5, 6]
+    assert answering.until([5, 6], 2) == [5, 6]
+
+
+def test_merged_model_equals_adapter_on_an_unquantized_base(run_folder, tmp_path):
+    answering.run(options(run_folder, f"--merge={tmp_path / 'merged'}"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(SUITE_FOLDER / "quickstart/model", dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, run_folder / "peft_10").eval()
+    assert tokenizer.chat_template == ALPACA
+    for row in HELDOUT[:5]:
+        message = dataset.as_message(row)
+        ids = torch.tensor([dataset.encode_prompt(tokenizer, tokenizer.chat_template, [message])])
+        with torch.no_grad():
+            assert (merged(ids).logits - tuned(ids).logits).abs().max() < 1e-3
+        answers = [m.generate(ids, max_new_tokens=16, do_sample=False).tolist() for m in (merged, tuned)]
+        assert answers[0] == answers[1]
+    with pytest.raises(SettingsError, match="is not empty"):
+        answering.run(options(run_folder, f"--merge={tmp_path / 'merged'}"))
+
+
+def write_questions(path: Path, count: int) -> Path:
+    rows = [{"instruction": row["instruction"], "input": row["input"]} for row in HELDOUT[:count]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_batch_answers_equal_single_ones(answerer, run_folder, tmp_path):
+    questions = answering.read_questions(write_questions(tmp_path / "q.jsonl", 24))
+    files = [f"--questions={tmp_path / 'q.jsonl'}", f"--output={tmp_path / 'a.jsonl'}"]
+    chosen = options(run_folder, *files, "--batch-size=7")
+    answerer.model.float()  # so that only padding could make a difference, not bfloat16 rounding
+    answering.answer_all(answerer, chosen, questions)
+    single = [answerer.text(answerer.generate([answerer.prompt([dataset.as_message(row)])])[0]) for row in questions]
+    answerer.model.to(torch.bfloat16)
+    assert [line["answer"] for line in read_json_lines(tmp_path / "a.jsonl")] == single
+
+
+def test_interrupted_batch_goes_on_where_it_stopped(run_folder, tmp_path):
+    write_questions(tmp_path / "q.jsonl", 60)
+    arguments = [f"--questions={tmp_path / 'q.jsonl'}", f"--output={tmp_path / 'a.jsonl'}", "--batch-size=4"]
+    command = [
+        sys.executable,
+        "test.py",
+        f"--peft-path={run_folder}",
+        "--temperature=0",
+        "--max-new-tokens=16",
+        *arguments,
+    ]
+    process = subprocess.Popen(command, cwd=SUITE_FOLDER, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    output, deadline = tmp_path / "a.jsonl", time.monotonic() + 120
+    while not (output.exists() and output.read_bytes().count(b"\n") >= 8) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = output.read_bytes().count(b"\n")
+    assert 8 <= done < 60
+    output.write_bytes(output.read_bytes() + b'{"instruction": "torn')  # as if killed in the middle of a line
+    finished = subprocess.run(command, cwd=SUITE_FOLDER, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert f"{done} of them from before" in finished.stdout
+    answered = [(line["instruction"], line["input"]) for line in read_json_lines(output)]
+    assert answered == [(row["instruction"], row["input"]) for row in HELDOUT[:60]]
+
+
+def test_conversation_prompt_holds_its_history(answerer):
+    turns = [dataset.as_message({"instruction": "Hello"}), {"role": "assistant", "content": "Hi."}]
+    text = answerer.tokenizer.decode(answerer.prompt([*turns, dataset.as_message({"instruction": "And now?"})]))
+    assert text.endswith(
+        "### Instruction:\nHello\n\n### Response:\nHi.</s>### Instruction:\nAnd now?\n\n### Response:\n"
+    )
+    assert text.count("Below is an instruction") == 1
+
+
+REFUSED = {
+    "no such folder": (["--peft-path=/no/such", "--question=x"], "--peft-path=/no/such: no such folder; a run folder"),
+    "no adapter": (["--peft-path={empty}", "--question=x"], "no adapter here; a run folder holds peft_<round>/"),
+    "empty question": (["--peft-path={run}", "--question= "], "--question is empty"),
+    "nothing to do": (["--peft-path={run}"], "use one of --question, --chat, --questions and --merge"),
+    "two things": (["--peft-path={run}", "--question=x", "--chat"], "use one of"),
+    "no output": (["--peft-path={run}", "--questions=q"], "go together"),
+    "temperature": (["--peft-path={run}", "--question=x", "--temperature=-1"], "--temperature=-1.0: use a number"),
+    "top p": (["--peft-path={run}", "--question=x", "--top-p=0"], "--top-p=0.0: use a number above 0"),
+    "template": (["--peft-path={run}", "--question=x", "--template=no"], "--template=no: use alpaca, vicuna_v1.1"),
+    "broken line": (["--peft-path={run}", "--questions={broken}", "--output={empty}/a"], "line 2 is not a JSON object"),
+    "no text": (["--peft-path={run}", "--questions={blank}", "--output={empty}/a"], "line 1 has no text"),
+    "missing base": (["--peft-path={lost}", "--question=x"], "model.name=/lost/base: not a local model folder"),
+    "other base": (["--peft-path={other}", "--question=x"], "does not fit the base model quickstart/model"),
+    "torn adapter": (["--peft-path={torn}", "--question=x"], "adapter_model.safetensors can not be read"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(run_folder, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("places")
+    places = {name: folder / name for name in ("empty", "broken", "blank", "lost", "other", "torn")}
+    for name in ("empty", "lost", "other", "torn"):
+        places[name].mkdir()
+    places["broken"].write_text('{"question": "fine"}\n{"question": \n')
+    places["blank"].write_text('{"question": " "}\n')
+    cfg = small().model
+    lora = adapters.lora_config(cfg)
+    for name in ("other", "lost"):
+        adapter = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((9, 9), np.float32)}
+        lora.base_model_name_or_path = "/lost/base" if name == "lost" else cfg.name
+        places[name].rmdir()
+        adapters.save_adapter(places[name], adapter, lora, ALPACA)
+    for file in (run_folder / "peft_2").iterdir():
+        content = file.read_bytes()
+        (places["torn"] / file.name).write_bytes(content[:500] if file.suffix == ".safetensors" else content)
+    return places | {"run": run_folder}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_gets_one_line_and_exit_code_2(case, places, monkeypatch, capsys):
+    arguments, expected = REFUSED[case]
+    monkeypatch.setattr(sys, "argv", ["test.py", *(argument.format(**places) for argument in arguments)])
+    assert cli.main() == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert expected in error
+    assert "\n" not in error
