@@ -1,0 +1,375 @@
+"""Deployment: real SuperLinks and nodes on loopback, started by the launchers; and what a node refuses."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import launchers
+import resident
+from config import SettingsError
+from deployment import certificates
+from utils import SUITE_FOLDER, read_json_lines
+
+BIN = Path(sys.executable).parent
+RUN = ["experiment=quickstart", "num_rounds=3", "train.training_arguments.max_steps=2"]
+
+
+# --- what a node accepts, and what the launchers refuse -------------------------------------------
+
+PRIVATE = {"partition-id": 0}
+
+
+def test_node_uses_its_own_rows_and_ignores_the_servers_data(tmp_path):
+    own = tmp_path / "own.jsonl"
+    config, own_rows = resident.node_settings("experiment=quickstart", PRIVATE | {"dataset": str(own)})
+    assert (config.dataset.name, own_rows) == (str(own), True)
+    config, own_rows = resident.node_settings("experiment=quickstart", PRIVATE)
+    assert (config.dataset.name, own_rows) == ("quickstart/data/train.jsonl", False)
+
+
+@pytest.mark.parametrize(
+    "demand",
+    [
+        "dataset.name=/etc/passwd",
+        "dataset.name=../../../../../../etc/passwd",
+        "dataset.name=/etc",
+        "model.name=/etc",
+        "dataset.template=/etc/passwd",
+        "dataset.template=../../etc/passwd",
+        "train.training_arguments.deepspeed=/etc/passwd",
+        "dataset.partitioner._target_=os.system",
+        "model.trust_remote_code=true",
+    ],
+)
+def test_server_can_not_make_a_node_open_a_path_or_run_code(demand):
+    with pytest.raises(SettingsError):
+        resident.node_settings(f"experiment=quickstart {demand}", PRIVATE)
+
+
+def launch(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+@pytest.mark.parametrize("launcher", [["flower-client-app", "app:client1"], ["flower-server-app", "app:server"]])
+def test_absent_superlink_gets_one_clear_line_within_15_seconds(launcher):
+    start, port = time.monotonic(), launchers.free_port()
+    done = launch(str(BIN / launcher[0]), launcher[1], "--insecure", f"--superlink=127.0.0.1:{port}")
+    assert time.monotonic() - start < 15
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning: --insecure")]
+    assert len(errors) == 1
+    assert f"--superlink=127.0.0.1:{port}: no SuperLink answers" in errors[0]
+    assert done.stderr.startswith("warning: --insecure")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["flower-client-app", "app:nobody"], "use app:client, app:client1, app:client2"),
+        (["flower-client-app", "app:client"], "needs --partition-id"),
+        (["flower-client-app", "app:client1", "--dataset=/no/such"], "--dataset=/no/such: no such file"),
+        (["flower-client-app", "app:client1", "--root-certificates=/no/such"], "no such file"),
+        (["flower-server-app", "app:client1"], "use app:server"),
+        (["flower-server-app", "app:server", "num_rounds"], "num_rounds: is not KEY=VALUE"),
+        (["flower-server-app", "app:server", "--superlink=nowhere"], "use HOST:PORT"),
+    ],
+)
+def test_wrong_launcher_arguments_get_one_clear_line(arguments, expected):
+    done = launch(str(BIN / arguments[0]), *arguments[1:])
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert expected in done.stderr
+
+
+def test_worker_answers_only_who_knows_the_key(tmp_path):
+    environment = os.environ | {"FLOWERTUNE_WORKER": str(tmp_path / "worker"), "FLOWERTUNE_WORKER_KEY": "aa" * 32}
+    worker = launchers.start_worker(environment)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "worker").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        from multiprocessing import AuthenticationError
+        from multiprocessing.connection import Client
+
+        with pytest.raises((AuthenticationError, EOFError, ConnectionError)):
+            Client(str(tmp_path / "worker"), "AF_UNIX", b"wrong")
+        with Client(str(tmp_path / "worker"), "AF_UNIX", bytes.fromhex("aa" * 32)) as connection:
+            connection.send(("nothing", "experiment=quickstart", PRIVATE, None))
+            assert connection.recv()[0] is False
+    finally:
+        worker.stdin.close()  # as when the launcher dies
+        assert worker.wait(10) == 0
+
+
+def test_certificates_are_made_once_and_keys_are_private(tmp_path):
+    certificates.make(tmp_path, ["127.0.0.1", "localhost"], ["node"])
+    assert (tmp_path / "server.key").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "node").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "node.pub").read_text().startswith("ecdsa-sha2-nistp384 ")
+    with pytest.raises(FileExistsError):
+        certificates.make(tmp_path, ["127.0.0.1"], ["node"])
+
+
+# --- the engine, for real -------------------------------------------------------------------------
+
+
+class Engine:
+    """A SuperLink and nodes below one folder; every process it starts is ended by its id."""
+
+    def __init__(self, folder: Path, tls: bool = False, port: int = 0) -> None:
+        self.folder, self.port, self.tls = folder, port or launchers.free_port(), tls
+        home = folder / "flower"
+        home.mkdir(parents=True)
+        self.environment = os.environ | {
+            "FLWR_HOME": str(home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "HF_HUB_OFFLINE": "1",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        }
+        self.processes: dict[str, subprocess.Popen] = {}
+        keys = folder / "keys"
+        if tls:
+            certificates.make(keys, ["127.0.0.1"], ["first", "second", "third"])
+        self.security = ["--root-certificates", str(keys / "ca.pem")] if tls else ["--insecure"]
+        connection = [f'[superlink.trial]\naddress = "127.0.0.1:{self.port}"']
+        connection.append(f'root-certificates = "{keys / "ca.pem"}"' if tls else "insecure = true")
+        (home / "config.toml").write_text("\n".join(connection) + "\n")
+        certificate = ["--ssl-ca-certfile", keys / "ca.pem", "--ssl-certfile", keys / "server.pem"]
+        certificate += ["--ssl-keyfile", keys / "server.key", "--enable-supernode-auth"]
+        options = certificate if tls else ["--insecure"]
+        self.start("superlink", "flower-superlink", "--port", str(self.port), *map(str, options))
+        self.wait_for_superlink()
+
+    def wait_for_superlink(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.2)
+        raise AssertionError(self.log("superlink"))
+
+    def start(self, name: str, *command: str) -> subprocess.Popen:
+        with (self.folder / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        self.processes[name] = process
+        return process
+
+    def node(self, name: str, app: str, *options: str) -> subprocess.Popen:
+        address = f"127.0.0.1:{self.port}"
+        return self.start(name, "flower-client-app", app, *self.security, "--superlink", address, *options)
+
+    def run(self, *overrides: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+        command = ["flower-server-app", "app:server", *self.security, "--superlink", f"127.0.0.1:{self.port}"]
+        return launch_long([*command, *overrides], self, timeout)
+
+    def flwr(self, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+        return launch_long(["flwr", *arguments], self, timeout)
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def results(self) -> Path:
+        return max(self.folder.glob("outputs/*/*"))
+
+    def kill(self, name: str) -> None:
+        """SIGKILL a node with all that it started."""
+        os.killpg(self.processes[name].pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        for process in reversed(self.processes.values()):
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # what it left behind, in its own session
+            except ProcessLookupError:
+                continue
+
+
+def launch_long(command: list[str], engine: Engine, timeout: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=engine.folder, env=engine.environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@contextmanager
+def engine(folder: Path, **options):
+    started = Engine(folder, **options)
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.mark.slow
+def test_four_commands_give_the_adapter_of_the_simulation_bit_for_bit(tmp_path):
+    with engine(tmp_path / "deployed", port=8000) as deployed:
+        deployed.node("first", "app:client1")
+        deployed.node("second", "app:client2")
+        done = deployed.run(*RUN)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "finished:completed" in done.stdout
+        assert done.stdout.count("round ") >= 3
+        results = json.loads((deployed.results() / "results.json").read_text())
+        # a node killed in a round, the worker killed, and everything failing, on the same engine
+        metrics = read_json_lines(deployed.results() / "metrics.jsonl")
+        files = {file.name for file in deployed.results().iterdir()}
+    assert {"peft_3", "metrics.jsonl", "results.json", "train_loss.png", "main.log", ".hydra"} <= files
+    assert (results["model_loads"], results["processes"], results["tokenizations"]) == (2, 2, 2)
+    simulated = simulate(tmp_path / "simulated")
+    assert results["adapter_sha256"] == simulated["adapter_sha256"]
+    walls = [line["seconds"]["wall"] for line in metrics[1:]]
+    expected = [line["seconds"]["wall"] for line in read_json_lines(tmp_path / "simulated" / "metrics.jsonl")[1:]]
+    print("seconds a round, deployed and simulated:", walls, expected)
+
+
+def simulate(folder: Path) -> dict:
+    command = [sys.executable, "main.py", *RUN, "num_clients=2", "strategy.fraction_fit=1.0", f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, cwd=SUITE_FOLDER, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_tls_with_node_authentication_refuses_an_unregistered_node(tmp_path):
+    with engine(tmp_path, tls=True) as deployed:
+        for name in ("first", "second"):
+            registered = deployed.flwr("supernode", "register", str(tmp_path / "keys" / f"{name}.pub"), "trial")
+            assert registered.returncode == 0, registered.stdout + registered.stderr
+        for partition, name in enumerate(("first", "second", "third")):
+            key = str(tmp_path / "keys" / name)
+            deployed.node(name, "app:client", f"--partition-id={partition}", "--auth-supernode-private-key", key)
+        done = deployed.run(*RUN)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert deployed.processes["third"].poll() not in (None, 0), deployed.log("third")
+        results = json.loads((deployed.results() / "results.json").read_text())
+        assert set(results["rows_used_by_client"]) == {"0", "1"}
+
+
+@pytest.mark.slow
+def test_faults_of_nodes_and_workers_and_a_late_node(tmp_path):
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"instruction": "Say hello.", "input": "", "output": "Hello, friend."}\n' * 40)
+    with engine(tmp_path / "run") as deployed:
+        first = deployed.node("first", "app:client1")
+        late = subprocess.Popen(["sleep", "8"])
+        flwr = subprocess.Popen(
+            ["flwr", "run", str(SUITE_FOLDER), "trial", "--stream", "--run-config",
+             'overrides="' + " ".join([*RUN, "num_rounds=6", "strategy.round_timeout_s=90"]) + '"'],
+            cwd=deployed.folder, env=deployed.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        late.wait()
+        deployed.node("second", "app:client2", f"--dataset={own}")  # joins late, with rows of its own
+        seen, killed = [], False
+        for line in flwr.stdout:
+            seen.append(line)
+            if line.startswith("round 2/6"):
+                workers = children(first.pid, "resident.py")
+                assert len(workers) == 1
+                os.kill(workers[0], signal.SIGKILL)
+            if line.startswith("round 4/6") and not killed:
+                killed = True
+                deployed.kill("second")
+            if line.startswith("results:"):
+                break
+        flwr.terminate()
+        flwr.wait()
+        output = "".join(seen)
+        lines = read_json_lines(deployed.results() / "metrics.jsonl")
+        assert [line["round"] for line in lines] == [1, 2, 3, 4, 5, 6], output
+        assert lines[0]["clients"] == [0, 1]
+        assert lines[0]["num_examples"]["1"] == 40
+        assert lines[3]["clients"] == [0, 1]  # the new worker answers by then
+        assert lines[-1]["clients"] == [0]
+        assert "another" in deployed.log("first")
+
+
+def children(pid: int, name: str) -> list[int]:
+    """Ids of the processes below `pid` whose command line holds `name`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                command = (entry / "cmdline").read_bytes().decode()
+            except (OSError, IndexError):
+                continue
+            if parent == pid and name in command:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.slow
+def test_run_whose_clients_all_fail_exits_non_zero_with_the_clients_error(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"instruction": "x", "input": "", "output": ""}\n' * 8)
+    with engine(tmp_path / "run") as deployed:
+        deployed.node("first", "app:client1", f"--dataset={empty}")
+        deployed.node("second", "app:client2", f"--dataset={empty}")
+        done = deployed.run(*RUN)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "none of its 8 rows has a response to train on" in done.stdout
+        assert "finished:failed" in done.stdout
+
+
+SERVER_MEMORY = """
+import json, resource, sys, numpy as np
+from pathlib import Path
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from config import compose
+from strategy import Federation
+from tests.conftest import LocalGrid, Silent
+
+TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+folder = Path(sys.argv[1])
+config = compose([f"model.name={folder}", "num_clients=2", "strategy.fraction_fit=1.0", "num_rounds=3"])
+
+def app(message, context):
+    partition = context.node_config["partition-id"]
+    if message.metadata.message_type == "query":
+        facts = ConfigRecord({"partition-id": partition, "num-rows": 100, "device": "none"})
+        return Message(RecordDict({"client": facts}), reply_to=message)
+    names = ("rows", "tokens", "without_response", "cut", "model_loads", "tokenizations", "peak_memory_bytes")
+    report = dict.fromkeys(names, 0) | dict.fromkeys(("load_s", "data_s", "train_s", "total_s"), 0.0)
+    report |= {"num-examples": 100, "train_loss": 1.0}
+    arrays = ArrayRecord(dict(message.content["arrays"]))
+    records = {"arrays": arrays, "metrics": MetricRecord(report), "worker": ConfigRecord({"process": "none"})}
+    return Message(RecordDict(records), reply_to=message)
+
+federation = Federation(config, folder / "run", "template", Silent())
+(folder / "run").mkdir()
+federation.run(LocalGrid(app, 2))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(peak, sum(value.nbytes for value in federation.state.adapter.values()))
+"""
+
+
+def test_server_with_a_7b_shaped_adapter_needs_no_base_weights_and_little_memory(tmp_path):
+    from transformers import LlamaConfig
+
+    shape = dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=11008, num_attention_heads=32)
+    LlamaConfig(vocab_size=32000, **shape).save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", SERVER_MEMORY, str(tmp_path)],
+        cwd=SUITE_FOLDER, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peak, adapter = map(int, done.stdout.split())
+    assert adapter == 67_108_864
+    assert peak < 1.5e9
