@@ -5,6 +5,7 @@ arrays, sorted by name. It exists on its own: the server makes, checks and saves
 alone, and only clients load a base model.
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -108,7 +109,7 @@ def adapter_shapes(base: PreTrainedConfig, lora: LoraConfig) -> dict[str, tuple[
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(base)
         try:
-            empty = get_peft_model(empty, lora)
+            empty = get_peft_model(empty, copy.deepcopy(lora))  # peft renames the base model in what it is given
         except ValueError as error:
             raise SettingsError(
                 f"model.lora.target_modules={sorted(lora.target_modules or [])}: {first_sentence(error)}"

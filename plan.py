@@ -89,6 +89,8 @@ class Sizes:
     linear: int
     other: int
     adapter: int
+    payload_bytes: int
+    """The adapter as it travels: float32, and numpy's header of 128 bytes for each tensor."""
     layers: int
     hidden: int
     intermediate: int
@@ -109,6 +111,7 @@ def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
         linear=linear,
         other=sum(weight.numel() for weight in parameters.values()) - linear,
         adapter=sum(prod(shape) for shape in shapes.values()),
+        payload_bytes=sum(4 * prod(shape) + 128 for shape in shapes.values()),
         layers=base.num_hidden_layers,
         hidden=base.hidden_size,
         intermediate=getattr(base, "intermediate_size", 4 * base.hidden_size),
@@ -174,11 +177,11 @@ def plan_sizes(config: RunConfig, trained: int) -> dict[str, str]:
         if local_path(config.model.name):
             raise error
         return dict.fromkeys(("adapter", "bytes down and up", "memory per client"), UNKNOWN)
-    adapter = 4 * size.adapter
     where, free = free_memory()
     return {
-        "adapter": f"{bytes_text(adapter)}, {size.adapter:,} parameters of {size.linear + size.other:,}",
-        "bytes down and up": f"{bytes_text(adapter * trained)} each in all, {bytes_text(adapter)} a client and round",
+        "adapter": f"{bytes_text(4 * size.adapter)}, {size.adapter:,} parameters of {size.linear + size.other:,}",
+        "bytes down and up": f"{bytes_text(size.payload_bytes * trained)} each in all, "
+        f"{bytes_text(size.payload_bytes)} a client and round",
         "memory per client": f"about {bytes_text(memory_bytes(size, config))}; free here: {bytes_text(free)} ({where})",
     }
 

@@ -119,8 +119,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average without start-up bias, as TensorBoard draws it."""
+def smoothed(values: Sequence[float], weight: float | None = None) -> list[float]:
+    """Exponential moving average without start-up bias, as TensorBoard draws it.
+
+    Args:
+        weight: of the past, in [0, 1). By default it averages over about a tenth of the values.
+    """
+    weight = max(0.0, 1 - 10 / max(len(values), 1)) if weight is None else weight
     average, curve = 0.0, []
     for count, value in enumerate(values, start=1):
         average = weight * average + (1 - weight) * value

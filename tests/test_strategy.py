@@ -45,7 +45,7 @@ def test_metrics_of_a_round_add_up(finished):
         assert line["bytes_down"] == line["bytes_up"] == 2 * adapter_bytes
         assert line["rows"] == 2 * 2 * 4  # clients, steps, rows a step
         assert len(line["clients"]) == 2
-        assert line["learning_rate"] == cosine_learning_rate(line["round"], 3, 3e-3, 1e-4)
+        assert line["learning_rate"] == cosine_learning_rate(line["round"], 3, 5e-3, 1e-4)
         assert set(line["seconds"]) == {"load", "data", "train", "transfer", "aggregate", "wall"}
         assert line["eval_loss"] > 0
     assert sum(line["model_loads"] for line in lines) == summary["processes"] == 1
@@ -62,6 +62,8 @@ def test_checkpoint_is_the_final_adapter_and_loads_with_peft(finished):
     base = adapters.load_base(federation.config.model, "cpu")
     model = PeftModel.from_pretrained(base, folder / "peft_3")
     assert model.peft_config["default"].r == 4
+    saved = json.loads((folder / "peft_3" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "quickstart/model"
 
 
 def test_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path):
