@@ -290,6 +290,10 @@ class Federation:
         reports = {partition: metrics_of(reply) for partition, reply in good}
         weights = {partition: report["num-examples"] for partition, report in reports.items()}
         for partition, report in reports.items():
+            if partition not in self.state.rows_seen and report["without_response"]:
+                self.progress.warn(
+                    f"client {partition}: {report['without_response']} rows without a response are left out"
+                )
             self.state.rows_seen[partition] = self.state.rows_seen.get(partition, 0) + int(report["rows"])
             self.num_rows[partition] = int(report["num-examples"])
         self.processes |= {process_of(reply) for _, reply in good}

@@ -213,6 +213,17 @@ def test_client_exception_carries_its_own_traceback(tmp_path, monkeypatch):
         run_locally(small(), tmp_path)
 
 
+def test_rows_without_a_response_are_reported_once_for_each_client(tmp_path):
+    rows = [{"instruction": "x", "input": "", "output": "y" if number % 2 else ""} for number in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small(f"dataset.name={tmp_path / 'a.jsonl'}", "strategy.fraction_fit=1.0")
+    federation, _ = run_locally(config, tmp_path / "run")
+    assert len(federation.progress.warnings) == 4
+    left_out = [int(warning.split()[2]) for warning in federation.progress.warnings]
+    assert sum(left_out) == 20
+    assert sum(record["without_response"] for record in federation.progress.rounds) == 2 * 20
+
+
 def test_engine_that_stops_ends_the_server(tmp_path):
     config = small()
     federation = make_federation(config, tmp_path)
