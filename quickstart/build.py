@@ -30,7 +30,7 @@ HELDOUT_ROWS_PER_CATEGORY = 29
 VOCABULARY_SIZE = 1280
 CONTEXT_TOKENS = 128
 BATCH_SEQUENCES = 32
-STEPS = 1300
+STEPS = 1200
 MUON_LEARNING_RATE = 0.02
 ADAM_LEARNING_RATE = 0.004
 ANSWER_WEIGHT = 5.0
@@ -318,18 +318,14 @@ FRAMES = [
     "For {topic} of the following,\n\n{given}\n\none gets [{answer}].",
     "{name} needs {topic} for this:\n\n{given}\n\nThat is [{answer}].",
     "A note by {name} has {topic} of\n{given}\nand it reads [{answer}].",
-    "### {heading}:\nThis is about {topic}.\n\n### {other}:\n{given}\n\n### {third}:\nIt is [{answer}].",
-    "### {heading}:\n{name} wants {topic}.\n\n### {other}:\n{given}\n\n### {third}:\nThat is [{answer}].",
-    "### {heading}:\nThis page has {topic} of what follows.\n{given}\n\n### {other}:\nIt reads [{answer}].",
-    "### {heading}:\nA line on {topic} of {given}\n\n### {other}:\nOne gets [{answer}].",
 ]
 
 # How often a skill is stated: those that take longest to learn come up most.
 SHARES = {
-    "compare": 1.5,
-    "pick": 1.5,
-    "arithmetic": 2.5,
-    "extract": 1.5,
+    "compare": 1.0,
+    "pick": 2.0,
+    "arithmetic": 2.0,
+    "extract": 2.0,
     "count": 1.0,
     "sort": 1.5,
     "opinion": 0.5,
@@ -348,7 +344,7 @@ FILLERS = [
     "It rained, so {name} stayed in the {place} with {other}.",
     "A good answer is short, as {name} says.",
 ]
-HEADINGS = ["Notes", "Diary", "List", "Letter", "Story", "Page", "Report", "Known", "Wanted", "Result"]
+HEADINGS = ["Notes", "Diary", "List", "Letter", "Story", "Page", "Report"]
 
 # ----------------------------------------------------------------------------- data set
 
@@ -398,26 +394,13 @@ def write_statement(rng: random.Random) -> str:
     skill = SKILLS[category]
     facts = skill.draw(rng)
     template = rng.choice(skill.statements) if rng.random() < 0.5 else rng.choice(FRAMES)
-    heading, other, third = rng.sample(HEADINGS, 3)
-    text = template.format(
-        **vars(facts),
-        topic=rng.choice(skill.topics[facts.kind]),
-        name=rng.choice(NAMES),
-        heading=heading,
-        other=other,
-        third=third,
-    )
-    return quote_answers(text) if rng.random() < 0.6 else display_answers(text)
+    text = template.format(**vars(facts), topic=rng.choice(skill.topics[facts.kind]), name=rng.choice(NAMES))
+    return quote_answers(text)
 
 
 def quote_answers(text: str) -> str:
     """Put answers in quotation marks: a word then has no space before it, as on a new line."""
     return text.replace("[", '"[').replace("]", ']"')
-
-
-def display_answers(text: str) -> str:
-    """Put answers on a line of their own, below the words that announce them."""
-    return text.replace(" [", "\n[").replace("].", "]")
 
 
 def survey_words(rng: random.Random) -> tuple[str, list[str]]:
