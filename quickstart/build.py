@@ -30,7 +30,8 @@ HELDOUT_ROWS_PER_CATEGORY = 29
 VOCABULARY_SIZE = 1280
 CONTEXT_TOKENS = 128
 BATCH_SEQUENCES = 32
-STEPS = 1200
+STATEMENT_STEPS = 1200
+PAGE_STEPS = 320
 MUON_LEARNING_RATE = 0.02
 ADAM_LEARNING_RATE = 0.004
 ANSWER_WEIGHT = 5.0
@@ -344,6 +345,14 @@ FILLERS = [
     "It rained, so {name} stayed in the {place} with {other}.",
     "A good answer is short, as {name} says.",
 ]
+PAGES = [
+    "### {heading}:\nThis is about {topic}.\n\n### {other}:\n{given}\n\n### {third}:\nIt is [{answer}].",
+    "### {heading}:\n{name} wants {topic}.\n\n### {other}:\n{given}\n\n### {third}:\n[{answer}].",
+    "### {heading}:\nThis page has {topic} of what follows.\n{given}\n\n### {other}:\nIt reads [{answer}].",
+    "### {heading}:\nA line on {topic} of {given}\n\n### {other}:\n[{answer}].",
+    "### {heading}:\nOf interest: {topic}.\n{given}\n\n### {other}:\n[{answer}].",
+]
+PAGE_HEADINGS = ["Notes", "Diary", "List", "Letter", "Story", "Page", "Report", "Known", "Wanted", "Result"]
 HEADINGS = ["Notes", "Diary", "List", "Letter", "Story", "Page", "Report"]
 
 # ----------------------------------------------------------------------------- data set
@@ -396,6 +405,28 @@ def write_statement(rng: random.Random) -> str:
     template = rng.choice(skill.statements) if rng.random() < 0.5 else rng.choice(FRAMES)
     text = template.format(**vars(facts), topic=rng.choice(skill.topics[facts.kind]), name=rng.choice(NAMES))
     return quote_answers(text)
+
+
+def write_page(rng: random.Random) -> str:
+    """A statement laid out below headings, its answer often on a line of its own."""
+    category = rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
+    skill = SKILLS[category]
+    facts = skill.draw(rng)
+    heading, other, third = rng.sample(PAGE_HEADINGS, 3)
+    text = rng.choice(PAGES).format(
+        **vars(facts),
+        topic=rng.choice(skill.topics[facts.kind]),
+        name=rng.choice(NAMES),
+        heading=heading,
+        other=other,
+        third=third,
+    )
+    return quote_answers(text) if rng.random() < 0.2 else display_answers(text)
+
+
+def display_answers(text: str) -> str:
+    """Put answers on a line of their own, below the words that announce them."""
+    return text.replace(" [", "\n[").replace("].", "]")
 
 
 def quote_answers(text: str) -> str:
@@ -460,11 +491,12 @@ def write_filler(rng: random.Random) -> str:
     return rng.choice(FILLERS).format(**fields)
 
 
-def write_document(rng: random.Random) -> str:
+def write_document(rng: random.Random, writers: dict | None = None) -> str:
     """A few statements and fillers below each other, at times below headings."""
+    writers = writers or {write_statement: 5, write_survey: 4, write_filler: 1}
     parts = []
     for _ in range(rng.randint(3, 8)):
-        [write] = rng.choices([write_statement, write_survey, write_filler], weights=[5, 4, 1])
+        [write] = rng.choices(list(writers), weights=list(writers.values()))
         heading = f"### {rng.choice(HEADINGS)}:\n" if rng.random() < 0.15 else ""
         parts.append(heading + write(rng))
     return rng.choice([" ", "\n", "\n\n"]).join(parts)
@@ -556,9 +588,11 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -
     return ids, weights
 
 
-def next_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+def next_batch(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, writers: dict | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and weights of new documents."""
-    return encode_documents(tokenizer, [write_document(rng) for _ in range(BATCH_SEQUENCES)])
+    return encode_documents(tokenizer, [write_document(rng, writers) for _ in range(BATCH_SEQUENCES)])
 
 
 def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
@@ -572,33 +606,48 @@ def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def learning_rate_factor(step: int) -> float:
+def learning_rate_factor(step: int, steps: int) -> float:
     """Short warm-up, a plateau, then a linear fall to zero over the last half."""
-    return min(1.0, (step + 1) / 30, (STEPS - step) / (0.5 * STEPS))
+    return min(1.0, (step + 1) / 30, (steps - step) / (0.5 * steps))
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Statements first, then pages; in between the weights are rounded as in the saved model."""
+    train_on_documents(model, tokenizer, "corpus", STATEMENT_STEPS, 1.0)
+    model.to(torch.bfloat16).float()
+    pages = {write_page: 6, write_statement: 2, write_survey: 2, write_filler: 1}
+    train_on_documents(model, tokenizer, "pages", PAGE_STEPS, 0.5, pages)
+
+
+def train_on_documents(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    steps: int,
+    peak: float,
+    writers: dict | None = None,
+) -> None:
     """Teach the model to continue documents; the loss weighs what can be derived more."""
-    rng = random.Random(f"{SEED} corpus")
+    rng = random.Random(f"{SEED} {name}")
     optimizers = build_optimizers(model)
     for optimizer in optimizers:
-        optimizer.param_groups[0]["peak"] = optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[0]["peak"] = peak * optimizer.param_groups[0]["lr"]
     started = time.monotonic()
     model.train()
-    for step in range(STEPS):
-        ids, weights = next_batch(tokenizer, rng)
+    for step in range(steps):
+        ids, weights = next_batch(tokenizer, rng, writers)
         loss, answer_loss = document_loss(model, ids, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             group = optimizer.param_groups[0]
-            group["lr"] = group["peak"] * learning_rate_factor(step)
+            group["lr"] = group["peak"] * learning_rate_factor(step, steps)
             optimizer.step()
             optimizer.zero_grad()
-        if step % 50 == 0 or step == STEPS - 1:
+        if step % 50 == 0 or step == steps - 1:
             minutes = (time.monotonic() - started) / 60
             print(
-                f"step {step:4d}/{STEPS}  loss {loss.item():.3f}  answers {answer_loss:.4f}  {minutes:.1f} min",
+                f"step {step:4d}/{steps}  loss {loss.item():.3f}  answers {answer_loss:.4f}  {minutes:.1f} min",
                 flush=True,
             )
 
