@@ -26,13 +26,14 @@ def run(options: argparse.Namespace) -> None:
     """Do what the options of test.py ask for. Raises SettingsError for whatever they name that is not there."""
     quiet_transformers()
     questions = read_questions(options.questions) if options.questions else []
+    done = kept_answers(options.output, questions) if options.questions else 0
     checkpoint = find_checkpoint(options.peft_path)
     if options.merge:
         return merge(checkpoint, options)
     set_seed(options.seed)
     answerer = Answerer(checkpoint, options)
     if options.questions:
-        return answer_all(answerer, options, questions)
+        return answer_all(answerer, options, questions, done)
     return chat(answerer) if options.chat else ask(answerer, options)
 
 
@@ -46,14 +47,13 @@ def find_checkpoint(name: str) -> Path:
         raise SettingsError(f"--peft-path={name}: no such folder; {RUN_FOLDER_LOOK}")
     if (folder / adapters.ADAPTER_CONFIG_FILE).is_file():
         return folder
-    numbered = {path.name.removeprefix("peft_"): path for path in folder.glob("peft_*") if path.is_dir()}
-    rounds = [int(number) for number in numbered if number.isdigit()]
-    if not rounds:
+    numbered = [path for path in folder.glob("peft_*") if path.name.removeprefix("peft_").isdigit()]
+    if not numbered:
         raise SettingsError(f"--peft-path={name}: no adapter here; {RUN_FOLDER_LOOK}")
-    return numbered[str(max(rounds))]
+    return max(numbered, key=lambda path: int(path.name.removeprefix("peft_")))
 
 
-def base_settings(checkpoint: Path, quantization: str | None) -> ModelConfig:
+def base_settings(checkpoint: Path, quantization: str | None, trust: bool = False) -> ModelConfig:
     """The base model of an adapter, quantized as in training; unquantized if the adapter came from elsewhere."""
     try:
         saved = json.loads((checkpoint / adapters.ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
@@ -61,8 +61,13 @@ def base_settings(checkpoint: Path, quantization: str | None) -> ModelConfig:
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(f"--peft-path={checkpoint}: adapter_config.json is broken ({error!r})") from error
     state = checkpoint / "state.json"
-    trained = json.loads(state.read_text(encoding="utf-8")).get("quantization") if state.is_file() else None
-    return ModelConfig(name=str(name), quantization=quantization or trained or "none", trust_remote_code=False)
+    try:
+        trained = json.loads(state.read_text(encoding="utf-8")).get("quantization") if state.is_file() else None
+    except ValueError as error:
+        raise SettingsError(
+            f"--peft-path={checkpoint}: state.json is broken; choose --quantization and remove it"
+        ) from error
+    return ModelConfig(name=str(name), quantization=quantization or trained or "none", trust_remote_code=trust)
 
 
 def check_shapes(cfg: ModelConfig, checkpoint: Path) -> None:
@@ -100,7 +105,7 @@ class Answerer:
     """A tuned model with its tokenizer and prompt."""
 
     def __init__(self, checkpoint: Path, options: argparse.Namespace) -> None:
-        cfg = base_settings(checkpoint, options.quantization)
+        cfg = base_settings(checkpoint, options.quantization, options.trust_remote_code)
         check_shapes(cfg, checkpoint)
         self.tokenizer = adapters.read_tokenizer(cfg)
         self.template = choose_template(options.template, checkpoint, self.tokenizer)
@@ -176,7 +181,7 @@ def chat(answerer: Answerer) -> None:
 def read_questions(path: Path) -> list[dict[str, Any]]:
     """Lines with `question`, or `instruction` and `input`. Raises SettingsError with the line's number."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--questions={path}: can not be read ({error})") from error
     questions = []
@@ -198,14 +203,18 @@ def kept_answers(path: Path, questions: Sequence[dict[str, Any]]) -> int:
     Raises:
         SettingsError: if the file answers other questions.
     """
+    if not path.parent.is_dir():
+        raise SettingsError(f"--output={path}: there is no folder {path.parent}")
     if not path.exists():
         return 0
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    lines = whole.decode("utf-8").splitlines()
+    lines = whole.split(b"\n")[:-1]
     try:
+        kept = [json.loads(line) for line in lines]
         same = all(
-            json.loads(line)["instruction"] == row["instruction"] for line, row in zip(lines, questions, strict=False)
+            "answer" in line and all(line[key] == row[key] for key in row)
+            for line, row in zip(kept, questions, strict=False)
         )
     except (ValueError, KeyError, TypeError):
         same = False
@@ -216,11 +225,12 @@ def kept_answers(path: Path, questions: Sequence[dict[str, Any]]) -> int:
     return len(lines)
 
 
-def answer_all(answerer: Answerer, options: argparse.Namespace, questions: Sequence[dict[str, Any]]) -> None:
+def answer_all(
+    answerer: Answerer, options: argparse.Namespace, questions: Sequence[dict[str, Any]], done: int = 0
+) -> None:
     """Answer --questions in batches, a line each to --output, in their order; goes on behind what is there."""
     from rich.progress import track
 
-    done = kept_answers(options.output, questions)
     batches = range(done, len(questions), options.batch_size)
     with options.output.open("a", encoding="utf-8") as file:
         for start in track(list(batches), description="answering"):
@@ -242,7 +252,7 @@ def merge(checkpoint: Path, options: argparse.Namespace) -> None:
 
     The sum is taken in float32: bfloat16 weights are too coarse for what an adapter adds.
     """
-    cfg = base_settings(checkpoint, "none")
+    cfg = base_settings(checkpoint, "none", options.trust_remote_code)
     check_shapes(cfg, checkpoint)
     if options.merge.exists() and any(options.merge.iterdir()):
         raise SettingsError(f"--merge={options.merge}: the folder is not empty; choose another")

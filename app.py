@@ -30,7 +30,8 @@ def serve(grid: Grid, context: Context) -> None:
 
     No setting of a run can move that folder: whoever submits runs does not name paths on this machine.
     """
-    from dataset import find_template
+    from dataset import read_template
+    from model import read_tokenizer
     from progress import RunProgress
     from strategy import Federation
     from utils import log_to_file
@@ -42,7 +43,7 @@ def serve(grid: Grid, context: Context) -> None:
     OmegaConf.save(asdict(config), folder / ".hydra" / "config.yaml")
     OmegaConf.save(overrides, folder / ".hydra" / "overrides.yaml")
     log_to_file(folder / "main.log")
-    template = find_template(config.dataset.template).read_text(encoding="utf-8")
+    template = read_template(config.dataset, read_tokenizer(config.model))
     with RunProgress(config.num_rounds) as progress:
         summary = Federation(config, folder, template, progress).run(grid)
     print(f"final loss {summary['final_train_loss']:.4f} after {summary['rounds']} rounds")

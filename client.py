@@ -60,6 +60,17 @@ MANAGED_ARGUMENTS = {
     "save_strategy": "set train.save_every_round",
     "train_sampling_strategy": "every round sees fresh rows",
     "remove_unused_columns": "rows come tokenized",
+    "chat_template_path": "set dataset.template",
+    "resume_from_checkpoint": "runs are not resumed by the trainer",
+    "deepspeed": "a worker trains on one device",
+    "fsdp": "a worker trains on one device",
+    "fsdp_config": "a worker trains on one device",
+    "accelerator_config": "a worker trains on one device",
+    "model_init_kwargs": "set model.*",
+    "dataset_kwargs": "rows come tokenized",
+    "push_to_hub": "upload a checkpoint yourself: hf upload",
+    "hub_model_id": "upload a checkpoint yourself: hf upload",
+    "hub_token": "upload a checkpoint yourself: hf upload",
     "num_train_epochs": "set train.training_arguments.max_steps and num_rounds",
 }
 
@@ -85,7 +96,7 @@ class Worker:
     def __init__(self, config: RunConfig, cache_folder: Path | None = None, own_rows: bool = False) -> None:
         self.config, self.cache_folder, self.own_rows = config, cache_folder, own_rows
         self.partitions: dict[int, Partition] = {}
-        self.counts = {"model_loads": 0, "tokenizations": 0}
+        self.counts = {"model_loads": 0, "tokenizations": 0}  # since they were last reported
         torch.set_num_threads(min(config.client_resources.num_cpus, os.cpu_count() or 1))
 
     @functools.cached_property
@@ -111,6 +122,11 @@ class Worker:
         self.counts["model_loads"] += 1
         base = adapters.load_base(self.config.model)
         return make_trainer(adapters.add_adapter(base, self.config.model), self.tokenizer, self.config)
+
+    def take_counts(self) -> dict[str, int]:
+        """What was done since the last report; it is reported once."""
+        taken, self.counts = self.counts, dict.fromkeys(self.counts, 0)
+        return taken
 
     @property
     def model(self) -> Any:
@@ -158,7 +174,7 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
     Returns:
         The new adapter, and a report: mean loss of the steps, rows, tokens, seconds by part.
     """
-    clock, before = Clock(), dict(worker.counts)
+    clock = Clock()
     with clock.part("load_s"):
         trainer = worker.trainer
         adapters.set_adapter(worker.model, adapter)
@@ -181,7 +197,7 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
         "without_response": partition.counts["without_response"],
         "cut": partition.counts["cut"],
         "peak_memory_bytes": peak_memory_bytes(),
-        **{name: count - before[name] for name, count in worker.counts.items()},
+        **worker.take_counts(),
         **clock.seconds,
     }
 

@@ -19,6 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 CONFIG_FOLDER = Path(__file__).parent / "conf"
+PASSED_ON = ("model.lora", "dataset.partitioner", "train.training_arguments", "strategy")
 ALIASES = {"fraction_fit.fraction_fit": "strategy.fraction_fit"}
 
 
@@ -150,7 +151,7 @@ def share_of(count: int, fraction: float) -> int:
 
 def canonical(overrides: Sequence[str]) -> list[str]:
     """Overrides with documented other spellings of a key replaced by the key."""
-    pattern = re.compile("^(" + "|".join(map(re.escape, ALIASES)) + ")=")
+    pattern = re.compile(r"^\+{0,2}(" + "|".join(map(re.escape, ALIASES)) + ")=")
     return [pattern.sub(lambda found: ALIASES[found[1]] + "=", override) for override in overrides]
 
 
@@ -166,12 +167,15 @@ def compose(overrides: Sequence[str] = (), name: str = "config") -> RunConfig:
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         try:
             return checked(hydra.compose(name, overrides=canonical(overrides)))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            if isinstance(error, SettingsError):
+                raise
             raise SettingsError(one_line(error)) from error
 
 
 def checked(cfg: DictConfig) -> RunConfig:
     """`cfg` as a `RunConfig` whose values are all in range."""
+    check_known(cfg)
     config: RunConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     try:
         own = {f.name: config.strategy[f.name] for f in fields(SamplingConfig)}
@@ -183,6 +187,22 @@ def checked(cfg: DictConfig) -> RunConfig:
     check_ranges(config.sampling, "strategy.")
     check_together(config)
     return config
+
+
+def check_known(cfg: DictConfig) -> None:
+    """Raise SettingsError for keys that `+KEY=VALUE` added beside the schema, and for sections set to null."""
+    names = setting_names()
+    sections = {name.rpartition(".")[0] for name in names} | {"strategy"} | set(PASSED_ON)
+    for section in sorted(sections):
+        part = OmegaConf.select(cfg, section) if section else cfg
+        if not isinstance(part, DictConfig):
+            raise SettingsError(
+                f"{section}={part}: holds several settings; set them one by one, as {section}.KEY=VALUE"
+            )
+        for key in part if section not in PASSED_ON else ():
+            name = ".".join(filter(None, (section, str(key))))
+            if name not in names:
+                raise SettingsError(f"{name}: there is no such setting{suggest(name, names)}")
 
 
 def check_ranges(settings: Any, prefix: str = "") -> None:
@@ -215,6 +235,12 @@ def check_together(config: RunConfig) -> None:
         value = train.training_arguments.get(key)
         if type(value) is not int or value < 1:
             raise SettingsError(f"train.training_arguments.{key}={value}: use a whole number of at least 1")
+    arguments = train.training_arguments
+    if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type", "constant") == "constant":
+        raise SettingsError(
+            f"train.training_arguments.warmup_steps={arguments['warmup_steps']}: has no effect on a constant rate; "
+            "set train.training_arguments.lr_scheduler_type=constant_with_warmup too"
+        )
     if train.learning_rate_min > train.learning_rate_max:
         raise SettingsError(
             f"train.learning_rate_min={train.learning_rate_min}: use at most train.learning_rate_max, "
@@ -230,6 +256,11 @@ def check_together(config: RunConfig) -> None:
             f"strategy.fraction_fit={sampling.fraction_fit}: selects none of num_clients={config.num_clients}; "
             f"use at least {1 / config.num_clients:g}"
         )
+    if sampling.fraction_evaluate and not share_of(config.num_clients, sampling.fraction_evaluate):
+        raise SettingsError(
+            f"strategy.fraction_evaluate={sampling.fraction_evaluate}: selects none of "
+            f"num_clients={config.num_clients}; use 0, or at least {1 / config.num_clients:g}"
+        )
     if sampling.fraction_evaluate and not config.dataset.holdout:
         raise SettingsError(
             f"strategy.fraction_evaluate={sampling.fraction_evaluate}: clients have no rows to evaluate on; "
@@ -242,14 +273,18 @@ def check_together(config: RunConfig) -> None:
 
 def check_keywords(key: str, given: Mapping[str, Any], target: Any, managed: Mapping[str, str] | None = None) -> None:
     """Raise SettingsError for a keyword that `target` lacks, or that another setting (`managed`) decides."""
-    known = [name for name in inspect.signature(target).parameters if name not in ("self", "args", "kwargs")]
-    for name in given:
+    parameters = inspect.signature(target).parameters
+    known = [name for name in parameters if name not in ("self", "args", "kwargs")]
+    for name, value in given.items():
         if managed and name in managed:
             raise SettingsError(f"{key}.{name}={given[name]}: decided by this suite; {managed[name]}")
         if name not in known and name != "_target_":
             raise SettingsError(
                 f"{key}.{name}={given[name]}: {target.__name__} has no such field{suggest(name, known)}"
             )
+        default = parameters[name].default if name in parameters else None
+        if type(default) in (int, float) and (isinstance(value, str) or value is None):
+            raise SettingsError(f"{key}.{name}={value}: use a number")
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

@@ -81,7 +81,7 @@ def csv_options(path: Path) -> dict[str, Any]:
 def explain_unreadable(files: Sequence[Path], kind: str, error: Exception) -> str:
     """Where a file is broken: the line for JSONL, the parser's words otherwise."""
     for file in files if kind == "json" else []:
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
             try:
                 row = json.loads(line or "{}")
             except ValueError as problem:
@@ -173,7 +173,10 @@ def read_template(cfg: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> str
         if not isinstance(tokenizer.chat_template, str):
             raise SettingsError("dataset.template=tokenizer: this model's tokenizer has no chat template; use alpaca")
         return tokenizer.chat_template
-    return find_template(cfg.template).read_text(encoding="utf-8")
+    try:
+        return find_template(cfg.template).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"dataset.template={cfg.template}: not a text file") from error
 
 
 def find_template(name: str) -> Path:

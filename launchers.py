@@ -127,8 +127,8 @@ def start_node(options: argparse.Namespace, others: Sequence[str]) -> int:
             "FLOWERTUNE_WORKER_KEY": secrets.token_hex(32),
         }
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        node = subprocess.Popen([*command, "--port", str(free_port()), *others], env=environment)
         worker = start_worker(environment)
+        node = subprocess.Popen([*command, "--port", str(free_port()), *others], env=environment)
         try:
             while node.poll() is None:
                 if worker.poll() is not None:

@@ -31,6 +31,11 @@ ADAPTER_FILE, ADAPTER_CONFIG_FILE, TEMPLATE_FILE = (
     "adapter_config.json",
     "chat_template.jinja",
 )
+MANAGED_LORA = {
+    "task_type": "it is CAUSAL_LM",
+    "base_model_name_or_path": "set model.name",
+    "inference_mode": "the adapter is trained here",
+}
 DEFAULT_INIT: dict[str, list[Any]] = {"init_lora_weights": [True, "gaussian"], "use_dora": [False, True]}
 
 
@@ -79,12 +84,7 @@ def lora_config(cfg: ModelConfig) -> LoraConfig:
         SettingsError: for unknown or impossible fields, and for initialisations that change the base model
             (PiSSA, OLoRA, ...), which is shared and must stay as it is.
     """
-    check_keywords(
-        "model.lora",
-        cfg.lora,
-        LoraConfig,
-        {"task_type": "it is CAUSAL_LM", "base_model_name_or_path": "set model.name"},
-    )
+    check_keywords("model.lora", cfg.lora, LoraConfig, MANAGED_LORA)
     for key, allowed in DEFAULT_INIT.items():
         if key in cfg.lora and cfg.lora[key] not in allowed:
             raise SettingsError(f"model.lora.{key}={cfg.lora[key]}: use one of {', '.join(map(str, allowed))}")
@@ -92,11 +92,11 @@ def lora_config(cfg: ModelConfig) -> LoraConfig:
         if key in cfg.lora and (type(cfg.lora[key]) is not int or cfg.lora[key] < 1):
             raise SettingsError(f"model.lora.{key}={cfg.lora[key]}: use a whole number of at least 1")
     dropout = cfg.lora.get("lora_dropout", 0.0)
-    if isinstance(dropout, str) or not 0 <= dropout < 1:
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise SettingsError(f"model.lora.lora_dropout={dropout}: use a number of at least 0 and below 1")
     try:
         return LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=cfg.name, **cfg.lora)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise SettingsError(f"model.lora: {first_sentence(error)}") from error
 
 
@@ -110,10 +110,8 @@ def adapter_shapes(base: PreTrainedConfig, lora: LoraConfig) -> dict[str, tuple[
         empty = AutoModelForCausalLM.from_config(base)
         try:
             empty = get_peft_model(empty, copy.deepcopy(lora))  # peft renames the base model in what it is given
-        except ValueError as error:
-            raise SettingsError(
-                f"model.lora.target_modules={sorted(lora.target_modules or [])}: {first_sentence(error)}"
-            ) from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise SettingsError(f"model.lora.target_modules={lora.target_modules}: {first_sentence(error)}") from error
     return {name: tuple(tensor.shape) for name, tensor in sorted(trainable_state(empty).items())}
 
 

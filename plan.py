@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedConfig
 
 import model as adapters
 from client import training_arguments
 from config import RunConfig, SettingsError
-from dataset import find_template, load_rows, partition_rows, partitioner_class, read_template
+from dataset import find_template, load_rows, partition_rows, partitioner_class, read_template, tokenize_rows
 from strategy import make_strategy
 from utils import bytes_text, local_path
 
@@ -60,8 +61,14 @@ def check_inputs(config: RunConfig) -> str:
     if not weights_present(config):
         raise SettingsError(f"model.name={config.model.name}: this folder has no weights (*.safetensors or *.bin)")
     adapters.adapter_shapes(base, adapters.lora_config(config.model))
-    template = read_template(config.dataset, adapters.read_tokenizer(config.model))
-    partition_rows(load_rows(config.dataset), config.dataset, config.num_clients, config.seed)
+    tokenizer = adapters.read_tokenizer(config.model)
+    template = read_template(config.dataset, tokenizer)
+    rows = load_rows(config.dataset)
+    try:
+        tokenize_rows(rows.select(range(1)), tokenizer, template, config.train.seq_length)
+    except TemplateError as error:
+        raise SettingsError(f"dataset.template={config.dataset.template}: {error}") from error
+    partition_rows(rows, config.dataset, config.num_clients, config.seed)
     return template
 
 
@@ -71,7 +78,9 @@ def weights_present(config: RunConfig) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise SettingsError if results can not be written into `folder`."""
+    """Raise SettingsError if results can not be written into `folder`, or another run's are there."""
+    if (folder / "metrics.jsonl").exists() or any(folder.glob("peft_*")):
+        raise SettingsError(f"hydra.run.dir={folder}: holds the results of another run; choose another folder")
     try:
         probe = folder / ".writable"
         probe.touch()

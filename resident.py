@@ -7,11 +7,14 @@ that only this user can enter; both sides prove that they know a key. Without a 
 
 import logging
 import os
+import re
 import shlex
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,9 @@ from flwr.app import Error, Message, RecordDict
 CLIENT_ERROR = 1  # Error.code of a reply that carries a client's traceback
 SOCKET_VARIABLE, KEY_VARIABLE = "FLOWERTUNE_WORKER", "FLOWERTUNE_WORKER_KEY"
 PARTITIONERS = "flwr_datasets.partitioner."
+# KEY=VALUE of this suite: no hydra.* and no ${...}, which could read this machine's files and environment
+SAFE_OVERRIDE = re.compile(r"\+{0,2}(?!hydra)[a-z][\w./]*=[^$/~][^$]*")
+CONNECT_S = 60.0
 
 
 def replied(message: Message, work: Callable[[], RecordDict]) -> Message:
@@ -41,12 +47,24 @@ def call(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> An
     """
     if SOCKET_VARIABLE not in os.environ:
         return work(name, overrides, node, content)
-    with Client(os.environ[SOCKET_VARIABLE], "AF_UNIX", bytes.fromhex(os.environ[KEY_VARIABLE])) as connection:
+    with connect() as connection:
         connection.send((name, overrides, dict(node), content))
         succeeded, result = connection.recv()
     if not succeeded:
         raise RuntimeError(result)
     return result
+
+
+def connect() -> Connection:
+    """A connection to the worker, which may be starting just now."""
+    deadline = time.monotonic() + CONNECT_S
+    while True:
+        try:
+            return Client(os.environ[SOCKET_VARIABLE], "AF_UNIX", bytes.fromhex(os.environ[KEY_VARIABLE]))
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def work(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> Any:
@@ -69,14 +87,19 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
     from config import SettingsError, compose
     from utils import shipped_path
 
-    config = compose(shlex.split(overrides), "deployment")
+    given = shlex.split(overrides)
+    for override in given:
+        if not SAFE_OVERRIDE.fullmatch(override) or ".." in override:
+            raise SettingsError(f"{override}: not a setting that a server may make on a node")
+    config = compose(given, "deployment")
     for key, name in (("dataset.name", config.dataset.name), ("model.name", config.model.name)):
         if key.split(".")[0] not in node and not shipped_path(name) and Path(name).expanduser().exists():
             raise SettingsError(f"{key}={name}: a server can not name a path on this node; set it in the node's config")
-    passed_on = config.train.training_arguments | config.model.lora | {"dataset.template": config.dataset.template}
-    for key, value in passed_on.items():
-        if isinstance(value, str) and (os.sep in value or value.startswith((".", "~"))):
-            raise SettingsError(f"{key}={value}: a server can not name a path on this node")
+    template = config.dataset.template
+    if template != "tokenizer" and not shipped_path(f"conf/template/{template}.jinja"):
+        raise SettingsError(f"dataset.template={template}: on a node, use a template of the suite")
+    if any(os.sep in text for text in texts([config.train.training_arguments, config.model.lora])):
+        raise SettingsError("train.training_arguments or model.lora: a server can not name a path on this node")
     if not config.dataset.partitioner["_target_"].startswith(PARTITIONERS):
         raise SettingsError(f"dataset.partitioner._target_: on a node, use one of {PARTITIONERS}*")
     if config.model.trust_remote_code:
@@ -84,6 +107,17 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
     config.model.name = str(node.get("model", config.model.name))
     config.dataset.name = str(node.get("dataset", config.dataset.name))
     return config, "dataset" in node
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every string inside `value`, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from texts(list(value.values()))
+    elif isinstance(value, list):
+        for part in value:
+            yield from texts(part)
 
 
 def serve(socket: str, key: bytes) -> None:
@@ -94,7 +128,7 @@ def serve(socket: str, key: bytes) -> None:
             try:
                 with listener.accept() as connection:
                     answer(connection)
-            except (OSError, EOFError):  # a caller that went away, or did not know the key
+            except (OSError, EOFError, AuthenticationError):  # a caller that went away, or did not know the key
                 continue
 
 

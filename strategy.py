@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 PARTS = ("load_s", "data_s", "train_s")
+TOTALS = ("rows", "tokens", "without_response", "cut", "model_loads", "tokenizations")
+REPORT = frozenset((*PARTS, *TOTALS, "total_s", "num-examples", "train_loss", "peak_memory_bytes"))
+EVALUATION = frozenset(("eval_loss", "eval_token_accuracy", "num-examples", "total_s"))
 
 
 class RunError(RuntimeError):
@@ -58,6 +61,10 @@ def make_strategy(config: RunConfig) -> Strategy:
         chosen = get_class(target)
     except Exception as error:
         raise SettingsError(f"strategy._target_={target}: there is no such class") from error
+    if "ClientSide" in chosen.__name__:
+        raise SettingsError(
+            f"strategy._target_={target}: clips on the clients, which is not built in; use its server-side twin"
+        )
     if not issubclass(chosen, Strategy):
         raise SettingsError(
             f"strategy._target_={target}: not a message-based Flower strategy (flwr.serverapp.strategy)"
@@ -95,23 +102,44 @@ def sample(partitions: Iterable[int], count: int, *key: str | int) -> list[int]:
 
 
 def check_reply(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why a training reply can not be aggregated, or None if it can: keys, shapes, finite float32, weight."""
+    """Why a training reply can not be aggregated, or None if it can."""
+    return check_adapter(reply, shapes) or check_report(reply, REPORT)
+
+
+def check_adapter(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why the adapter in a reply can not be used, or None: these tensors, these shapes, finite float32."""
     if reply.has_error():
         return str(reply.error.reason)
-    records, metrics = list(reply.content.array_records.values()), list(reply.content.metric_records.values())
-    if len(records) != 1 or len(metrics) != 1:
-        return "needs exactly one ArrayRecord and one MetricRecord"
+    records = list(reply.content.array_records.values())
+    if len(records) != 1:
+        return f"holds {len(records)} array records, not one"
     if list(records[0]) != sorted(shapes):
         return "holds other tensors than the adapter has"
     for name, array in records[0].items():
-        if tuple(array.shape) != tuple(shapes[name]) or array.dtype != "float32":
-            return f"{name} is {array.dtype} {tuple(array.shape)}, not float32 {tuple(shapes[name])}"
-        if not np.isfinite(array.numpy()).all():
+        try:
+            value = array.numpy()  # what it really holds, whatever its label says
+        except Exception as error:
+            return f"{name} can not be read ({error})"
+        if value.shape != tuple(shapes[name]) or value.dtype != np.float32:
+            return f"{name} is {value.dtype} {value.shape}, not float32 {tuple(shapes[name])}"
+        if not np.isfinite(value).all():
             return f"{name} is not finite"
-    for name in ("num-examples", "train_loss"):
-        value = metrics[0].get(name)
-        if not isinstance(value, (int, float)) or not np.isfinite(value) or (name == "num-examples" and value <= 0):
+    return None
+
+
+def check_report(reply: Message, names: frozenset[str]) -> str | None:
+    """Why the numbers in a reply can not be used, or None: exactly these, finite, not negative, a positive weight."""
+    reports = list(reply.content.metric_records.values())
+    if len(reports) != 1 or set(reports[0]) != names:
+        return f"does not report exactly {', '.join(sorted(names))}"
+    for name, value in reports[0].items():
+        if not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
             return f"{name}={value} is no usable number"
+    if not reports[0]["num-examples"]:
+        return "num-examples=0 is no usable number"
+    worker = reply.content.config_records.get("worker")
+    if worker is None or not isinstance(worker.get("process"), str):
+        return "does not say which process answered"
     return None
 
 
@@ -152,6 +180,7 @@ class Federation:
         self.state = State(adapters.initial_adapter(self.shapes, self.lora, config.seed))
         self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
         self.num_rows: dict[int, int] = {}
+        self.unusable: set[int] = set()  # nodes that were left out for good
         self.processes: set[str] = set()
         self.started = time.perf_counter()
 
@@ -169,33 +198,51 @@ class Federation:
         return self.summarize()
 
     def meet_clients(self, grid: Grid, at_least: int = 1) -> None:
-        """Wait for `at_least` clients, ask those that are new who they are, and forget those that are gone."""
+        """Wait for `at_least` clients, ask those that are new who they are, and forget those that are gone.
+
+        A node that comes with the partition of another takes its place: nodes get new ids when they restart.
+
+        Raises:
+            RunError: if a client can not say who it is, or two say the same, before the first round.
+        """
         while len(online := set(grid.get_node_ids())) < at_least:
             self.wait()
         self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
-        new = sorted(online - set(self.nodes.values()))
-        timeout_s = self.config.sampling.round_timeout_s
-        for reply in self.exchange(grid, [Message(RecordDict(), node, MessageType.QUERY) for node in new], timeout_s):
+        new = sorted(online - set(self.nodes.values()) - self.unusable)
+        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
+        for node, reply in self.exchange(grid, questions).items():
             if reply.has_error():
-                raise RunError(f"a client can not say who it is:\n{reply.error.reason}")
+                self.refuse(node, f"a client can not say who it is:\n{reply.error.reason}")
+                continue
             facts: Any = reply.content["client"]
             partition = int(facts["partition-id"])
             if partition in self.nodes:
-                raise RunError(f"two clients have partition {partition}: give each node a partition-id of its own")
-            self.nodes[partition] = reply.metadata.src_node_id
+                self.refuse(
+                    self.nodes[partition], f"two clients have partition {partition}; each needs its own partition-id"
+                )
+            self.nodes[partition] = node
             self.num_rows[partition] = int(facts["num-rows"])
             log.info("client %s: %s rows, %s", partition, facts["num-rows"], facts["device"])
         if len(self.nodes) < at_least:
-            raise RunError(f"{len(self.nodes)} of {at_least} clients answered within {timeout_s:g}s")
+            raise RunError(f"{len(self.nodes)} of {at_least} clients answered in {self.timeout_s:g}s")
+
+    def refuse(self, node: int, reason: str) -> None:
+        """Leave `node` out from here on; before the first round that ends the run."""
+        if not self.state.round_number:
+            raise RunError(reason)
+        self.unusable.add(node)
+        log.error("%s", reason)
+        self.progress.warn(reason.strip().splitlines()[-1])
 
     def complete_adapter(self, grid: Grid) -> None:
         """Fetch from one client the tensors whose first values depend on the base weights (DoRA's magnitudes)."""
         if set(self.state.adapter) == set(self.shapes):
             return
         ask = Message(RecordDict(), self.nodes[min(self.nodes)], f"{MessageType.QUERY}.initial_adapter")
-        replies = self.exchange(grid, [ask])
-        if not replies or replies[0].has_error():
-            raise RunError(f"no initial adapter:\n{replies[0].error.reason if replies else 'no reply'}")
+        replies = list(self.exchange(grid, [ask]).values())
+        fault = check_adapter(replies[0], self.shapes) if replies else f"no reply in {self.timeout_s:g}s"
+        if fault:
+            raise RunError(f"no initial adapter: {fault}")
         received: Any = replies[0].content["arrays"]
         whole = {name: received[name].numpy() for name in self.shapes} | self.state.adapter
         self.state.adapter = dict(sorted(whole.items()))
@@ -204,34 +251,42 @@ class Federation:
         """Sample, train, check, aggregate, record; a checkpoint every `save_every_round` rounds."""
         self.meet_clients(grid)
         start = time.perf_counter()
-        config = self.config
+        train = self.config.train
         learning_rate = cosine_learning_rate(
-            round_number, config.num_rounds, config.train.learning_rate_max, config.train.learning_rate_min
+            round_number, self.config.num_rounds, train.learning_rate_max, train.learning_rate_min
         )
-        count = max(1, share_of(len(self.nodes), config.sampling.fraction_fit))
-        chosen = sample(self.nodes, count, "train", config.seed, round_number)
+        chosen = self.choose("train", round_number, self.config.sampling.fraction_fit)
         messages = self.training_messages(grid, round_number, chosen, learning_rate)
-        replies = self.exchange(grid, messages, config.sampling.round_timeout_s)
+        replies = self.exchange(grid, messages)
         good = self.guard(round_number, chosen, replies)
         aggregating = time.perf_counter()
-        arrays, _ = self.strategy.aggregate_train(round_number, [reply for _, reply in good])
+        self.aggregate(round_number, [reply for _, reply in good])
+        aggregated = time.perf_counter()
+        record: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
+        record |= self.account(good, messages, replies.values()) | self.evaluate(grid, round_number)
+        if round_number % train.save_every_round == 0 or round_number == self.config.num_rounds:
+            self.save_checkpoint()
+        record["seconds"] |= {
+            "transfer": max(0.0, aggregating - start - busiest_process(good)),
+            "aggregate": aggregated - aggregating,
+            "wall": time.perf_counter() - start,
+        }
+        append_json_line(self.folder / "metrics.jsonl", record)
+        log.info("round %s: %s", round_number, record)
+        self.progress.round_done(record)
+
+    def choose(self, purpose: str, round_number: int, fraction: float) -> list[int]:
+        """The partition ids of the clients that take part: `fraction` of those that are there, at least one."""
+        count = max(1, share_of(len(self.nodes), fraction))
+        return sample(self.nodes, count, purpose, self.config.seed, round_number)
+
+    def aggregate(self, round_number: int, replies: Sequence[Message]) -> None:
+        """Let the strategy make the next adapter."""
+        arrays, _ = self.strategy.aggregate_train(round_number, replies)
         if arrays is None:
             raise RunError(f"round {round_number}: the strategy returned no adapter")
         self.state.adapter = {name: arrays[name].numpy().astype(np.float32) for name in sorted(self.shapes)}
         self.state.round_number = round_number
-        evaluation = self.evaluate(grid, round_number)
-        record = (
-            {"round": round_number, "learning_rate": learning_rate} | self.account(good, messages, replies) | evaluation
-        )
-        if round_number % config.train.save_every_round == 0 or round_number == config.num_rounds:
-            self.save_checkpoint()
-        now = time.perf_counter()
-        busy = busiest_process(good)
-        aggregate, wall = now - aggregating, now - start
-        record["seconds"] |= {"transfer": max(0.0, aggregating - start - busy), "aggregate": aggregate, "wall": wall}
-        append_json_line(self.folder / "metrics.jsonl", record)
-        log.info("round %s: %s", round_number, record)
-        self.progress.round_done(record)
 
     def training_messages(
         self, grid: Grid, round_number: int, chosen: Sequence[int], learning_rate: float
@@ -252,29 +307,25 @@ class Federation:
             messages.append(Message(content, node, message.metadata.message_type))
         return messages
 
-    def guard(self, round_number: int, chosen: Sequence[int], replies: Sequence[Message]) -> list[tuple[int, Message]]:
+    def guard(
+        self, round_number: int, chosen: Sequence[int], replies: Mapping[int, Message]
+    ) -> list[tuple[int, Message]]:
         """The replies that can be aggregated, by partition id; the others are named in the log and dropped.
 
         Raises:
             RunError: if none is left, with the first client's own traceback.
         """
-        partition_of = {node: partition for partition, node in self.nodes.items()}
-        answered = {partition_of[reply.metadata.src_node_id]: reply for reply in replies}
         good, faults = [], {}
         for partition in chosen:
-            reply = answered.get(partition)
-            fault = (
-                check_reply(reply, self.shapes) if reply else f"no reply in {self.config.sampling.round_timeout_s:g}s"
-            )
+            reply = replies.get(self.nodes[partition])
+            fault = check_reply(reply, self.shapes) if reply else f"no reply in {self.timeout_s:g}s"
             if fault:
                 faults[partition] = fault
+                log.error("round %s: client %s: %s", round_number, partition, fault)
+                last = fault.strip().splitlines()[-1]
+                self.progress.warn(f"round {round_number}: client {partition} is left out: {last}")
             elif reply:
                 good.append((partition, reply))
-        for partition, fault in faults.items():
-            log.error("round %s: client %s: %s", round_number, partition, fault)
-            self.progress.warn(
-                f"round {round_number}: client {partition} is left out: {fault.strip().splitlines()[-1]}"
-            )
         if not good:
             partition, fault = next(iter(faults.items()))
             raise RunError(
@@ -284,7 +335,7 @@ class Federation:
         return good
 
     def account(
-        self, good: Sequence[tuple[int, Message]], messages: Sequence[Message], replies: Sequence[Message]
+        self, good: Sequence[tuple[int, Message]], messages: Sequence[Message], replies: Iterable[Message]
     ) -> dict[str, Any]:
         """What the round did, from the replies that count; also moves the clients' data positions on."""
         reports = {partition: metrics_of(reply) for partition, reply in good}
@@ -305,15 +356,10 @@ class Federation:
             "train_loss": sum(weights[p] * reports[p]["train_loss"] for p in reports) / sum(weights.values()),
             "clients": list(reports),
             "num_examples": weights,
-            "rows": total("rows"),
             "rows_used": {p: min(self.state.rows_seen[p], self.num_rows[p]) for p in reports},
-            "tokens": total("tokens"),
-            "without_response": total("without_response"),
-            "cut": total("cut"),
+            **{name: total(name) for name in TOTALS},
             "bytes_down": sum(payload_bytes(message) for message in messages),
             "bytes_up": sum(payload_bytes(reply) for reply in replies),
-            "model_loads": total("model_loads"),
-            "tokenizations": total("tokenizations"),
             "processes": sorted({process_of(reply) for _, reply in good}),
             "peak_memory_bytes": int(max(report["peak_memory_bytes"] for report in reports.values())),
             "seconds": {part[:-2]: sum(report[part] for report in reports.values()) for part in PARTS},
@@ -321,43 +367,55 @@ class Federation:
 
     def evaluate(self, grid: Grid, round_number: int) -> dict[str, Any]:
         """Loss of the new adapter on held-out rows of some clients, if `fraction_evaluate` asks for it."""
-        count = share_of(len(self.nodes), self.config.sampling.fraction_evaluate)
-        if not count:
+        if not self.config.sampling.fraction_evaluate:
             return {}
-        chosen = sample(self.nodes, count, "evaluate", self.config.seed, round_number)
+        chosen = self.choose("evaluate", round_number, self.config.sampling.fraction_evaluate)
         arrays = ArrayRecord({name: Array(value) for name, value in self.state.adapter.items()})
         shown: Any = ShownNodes(grid, [self.nodes[partition] for partition in chosen])
         messages = list(self.strategy.configure_evaluate(round_number, arrays, ConfigRecord(), shown))
-        replies = self.exchange(grid, messages, self.config.sampling.round_timeout_s)
-        good = [reply for reply in replies if not reply.has_error()]
-        for reply in replies:
-            if reply.has_error():
-                log.error("round %s: evaluation failed:\n%s", round_number, reply.error.reason)
-                self.progress.warn(
-                    f"round {round_number}: an evaluation failed: {str(reply.error.reason).strip().splitlines()[-1]}"
-                )
-        if not good:
+        replies = self.exchange(grid, messages)
+        reports = []
+        for partition in chosen:
+            reply = replies.get(self.nodes[partition])
+            fault = (
+                "no reply"
+                if reply is None
+                else reply.error.reason
+                if reply.has_error()
+                else check_report(reply, EVALUATION)
+            )
+            if fault:
+                log.error("round %s: evaluation by client %s: %s", round_number, partition, fault)
+                last = str(fault).strip().splitlines()[-1]
+                self.progress.warn(f"round {round_number}: client {partition} could not evaluate: {last}")
+            elif reply:
+                reports.append(metrics_of(reply))
+        if not reports:
             return {}
-        reports = [metrics_of(reply) for reply in good]
         weight = sum(report["num-examples"] for report in reports)
         names = ("eval_loss", "eval_token_accuracy")
-        return {name: sum(r[name] * r["num-examples"] for r in reports) / weight for name in names} | {
-            "evaluated": len(good)
-        }
+        means = {name: sum(r[name] * r["num-examples"] for r in reports) / weight for name in names}
+        return means | {"evaluated": len(reports)}
 
-    def exchange(self, grid: Grid, messages: Sequence[Message], timeout_s: float | None = None) -> list[Message]:
-        """Send `messages`; the replies, sorted by partition id, so that sums do not depend on who was first."""
-        waiting = set(grid.push_messages(messages))
-        deadline = time.monotonic() + timeout_s if timeout_s else None
-        replies: list[Message] = []
-        while waiting and not (deadline and time.monotonic() > deadline):
-            arrived = list(grid.pull_messages(waiting))
-            replies += arrived
-            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
-            if waiting:
+    @property
+    def timeout_s(self) -> float:
+        return self.config.sampling.round_timeout_s
+
+    def exchange(self, grid: Grid, messages: Iterable[Message]) -> dict[int, Message]:
+        """Send `messages`; the replies that came in time, by node id.
+
+        A reply is known by the message that it answers: when a node is lost, the engine answers for it.
+        """
+        sent = {name: message.metadata.dst_node_id for message in messages for name in grid.push_messages([message])}
+        deadline = time.monotonic() + self.timeout_s
+        replies: dict[int, Message] = {}
+        while len(replies) < len(sent) and time.monotonic() < deadline:
+            waiting = [name for name, node in sent.items() if node not in replies]
+            for reply in grid.pull_messages(waiting):
+                replies[sent[reply.metadata.reply_to_message_id]] = reply
+            if len(replies) < len(sent):
                 self.wait()
-        order = {node: partition for partition, node in self.nodes.items()}
-        return sorted(replies, key=lambda reply: order.get(reply.metadata.src_node_id, 0))
+        return replies
 
     def wait(self) -> None:
         if self.stop.wait(POLL_S):

@@ -26,6 +26,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--merge-dtype", default="float32", choices=["float32", "bfloat16"], help="of the merged weights")
     add("--compare", action="store_true", help="also print what the base model alone answers")
     add("--quantization", choices=["4", "8", "none"], help="of the base model; by default as it was trained")
+    add(
+        "--trust-remote-code", action="store_true", help="run Python code that the base model's repository brings along"
+    )
     add("--template", help="alpaca, vicuna_v1.1 or a Jinja file; by default the one saved with the adapter")
     add("--temperature", type=float, default=0.7, help="0 is greedy")
     add("--top-p", type=float, default=0.9)

@@ -20,8 +20,11 @@ SUITE_FOLDER = Path(__file__).resolve().parent
 
 def local_path(name: str) -> Path | None:
     """The file or folder that `name` means: as given, or one that the suite ships; None if there is none."""
-    given = Path(name).expanduser()
-    return given if given.exists() else shipped_path(name)
+    try:
+        given = Path(name).expanduser()
+        return given if given.exists() else shipped_path(name)
+    except (OSError, RuntimeError):  # too long for a path, or the home of nobody
+        return None
 
 
 def shipped_path(name: str) -> Path | None:

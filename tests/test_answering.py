@@ -154,6 +154,17 @@ def test_interrupted_batch_goes_on_where_it_stopped(run_folder, tmp_path):
     assert answered == [(row["instruction"], row["input"]) for row in HELDOUT[:60]]
 
 
+def test_answers_to_other_questions_are_never_continued(tmp_path):
+    questions = [{"instruction": "a", "input": "1"}, {"instruction": "b", "input": ""}]
+    line = tmp_path / "a.jsonl"
+    line.write_text(json.dumps(questions[0] | {"answer": "x\u2028y"}, ensure_ascii=False) + "\n")
+    assert answering.kept_answers(line, questions) == 1
+    for other in ({"instruction": "a", "input": "2", "answer": "x"}, questions[0]):
+        line.write_text(json.dumps(other) + "\n")
+        with pytest.raises(SettingsError, match="answers other questions"):
+            answering.kept_answers(line, questions)
+
+
 def test_conversation_prompt_holds_its_history(answerer):
     turns = [dataset.as_message({"instruction": "Hello"}), {"role": "assistant", "content": "Hi."}]
     text = answerer.tokenizer.decode(answerer.prompt([*turns, dataset.as_message({"instruction": "And now?"})]))

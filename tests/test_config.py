@@ -123,7 +123,7 @@ BAD = {
     "model.nam=x": "model.nam: there is no such setting; did you mean model.name",
     "model.lora.rank=8": "model.lora.rank=8: LoraConfig has no such field",
     "model.lora.r=0": "model.lora.r=0: use a whole number of at least 1",
-    "model.lora.r=many": "model.lora.r=many: use a whole number",
+    "model.lora.r=many": "model.lora.r=many: use a number",
     "model.lora.lora_dropout=1.5": "model.lora.lora_dropout=1.5: use a number of at least 0 and below 1",
     "model.lora.init_lora_weights=pissa": "model.lora.init_lora_weights=pissa: use one of True, gaussian",
     "train.learning_rate_max=0": "train.learning_rate_max=0.0: use a number above 0",
@@ -151,6 +151,17 @@ BAD = {
     "dataset.partitioner.alpha=1": "dataset.partitioner.alpha=1: IidPartitioner has no such field",
     "dataset.holdout=0.9": "dataset.holdout=0.9: use a number of at least 0 and at most 0.5",
     "client_resources.num_cpus=0": "client_resources.num_cpus=0: use a number of at least 1",
+    "+foo=1": "foo: there is no such setting",
+    "+train.lr=3": "train.lr: there is no such setting",
+    "strategy=null": "strategy=null: choose one of",
+    "model.lora=null": "model.lora=None: holds several settings",
+    "train.training_arguments=null": "train.training_arguments=None: holds several settings",
+    "model.lora.lora_dropout=null": "model.lora.lora_dropout=None: use a number",
+    "model.lora.inference_mode=true": "model.lora.inference_mode=True: decided by this suite",
+    "train.training_arguments.max_grad_norm=abc": "train.training_arguments.max_grad_norm=abc: use a number",
+    "train.training_arguments.warmup_steps=5": "train.training_arguments.warmup_steps=5: has no effect",
+    "strategy.fraction_evaluate=0.01": "strategy.fraction_evaluate=0.01: selects none of num_clients=20",
+    "strategy._target_=flwr.serverapp.strategy.DifferentialPrivacyClientSideFixedClipping": "use its server-side twin",
     "num_rounds=[1": "the command line can not be parsed",
     "dataset.split": "dataset.split: is not KEY=VALUE",
 }
@@ -190,6 +201,25 @@ def test_command_line_ends_with_one_line_and_exit_code_2(override, expected, tmp
 def test_more_clients_than_rows_is_refused():
     with pytest.raises(SettingsError, match="num_clients=9999: more clients than the 2002 rows|num_clients=9999: more"):
         plan.check_inputs(small("num_clients=9999"))
+
+
+def test_folder_of_another_run_is_refused(tmp_path):
+    plan.check_folder(tmp_path)
+    (tmp_path / "peft_3").mkdir()
+    with pytest.raises(SettingsError, match="holds the results of another run; choose another folder"):
+        plan.check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-that-name/x"])
+def test_names_that_can_be_no_path_are_refused_as_names(name):
+    with pytest.raises(SettingsError, match="dataset.name="):
+        plan.check_inputs(small(f"dataset.name={name}"))
+
+
+def test_broken_template_is_refused_before_the_start(tmp_path):
+    (tmp_path / "broken.jinja").write_text("{% if %}")
+    with pytest.raises(SettingsError, match="dataset.template="):
+        plan.check_inputs(small(f"dataset.template={tmp_path / 'broken.jinja'}"))
 
 
 def test_missing_gpu_is_said_with_the_way_out():

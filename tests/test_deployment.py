@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import client
 import launchers
 import resident
 from config import SettingsError
@@ -44,14 +45,27 @@ def test_node_uses_its_own_rows_and_ignores_the_servers_data(tmp_path):
         "model.name=/etc",
         "dataset.template=/etc/passwd",
         "dataset.template=../../etc/passwd",
+        "dataset.template=README.md",
+        "dataset.template=${oc.env:HOME}",
+        "model.name=someone/${oc.env:HOME}",
+        "model=../../../etc/passwd",
+        "model=/etc/passwd",
+        "hydra.searchpath=[file:///etc]",
+        "+train.training_arguments.push_to_hub=true",
+        "+model.lora.modules_to_save=[/etc/passwd]",
         "train.training_arguments.deepspeed=/etc/passwd",
         "dataset.partitioner._target_=os.system",
         "model.trust_remote_code=true",
     ],
 )
 def test_server_can_not_make_a_node_open_a_path_or_run_code(demand):
-    with pytest.raises(SettingsError):
-        resident.node_settings(f"experiment=quickstart {demand}", PRIVATE)
+    def obey():
+        config, _ = resident.node_settings(f"experiment=quickstart {demand}", PRIVATE)
+        client.training_arguments(config, "unused")
+
+    with pytest.raises(SettingsError) as raised:
+        obey()
+    assert os.environ["HOME"] not in str(raised.value)
 
 
 def launch(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
@@ -101,6 +115,7 @@ def test_worker_answers_only_who_knows_the_key(tmp_path):
 
         with pytest.raises((AuthenticationError, EOFError, ConnectionError)):
             Client(str(tmp_path / "worker"), "AF_UNIX", b"wrong")
+        assert worker.poll() is None  # and it lives on
         with Client(str(tmp_path / "worker"), "AF_UNIX", bytes.fromhex("aa" * 32)) as connection:
             connection.send(("nothing", "experiment=quickstart", PRIVATE, None))
             assert connection.recv()[0] is False

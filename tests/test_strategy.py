@@ -45,7 +45,9 @@ def test_metrics_of_a_round_add_up(finished):
         assert line["bytes_down"] == line["bytes_up"] == 2 * adapter_bytes
         assert line["rows"] == 2 * 2 * 4  # clients, steps, rows a step
         assert len(line["clients"]) == 2
-        assert line["learning_rate"] == cosine_learning_rate(line["round"], 3, 5e-3, 1e-4)
+        train = federation.config.train
+        highest, lowest = train.learning_rate_max, train.learning_rate_min
+        assert line["learning_rate"] == cosine_learning_rate(line["round"], 3, highest, lowest)
         assert set(line["seconds"]) == {"load", "data", "train", "transfer", "aggregate", "wall"}
         assert line["eval_loss"] > 0
     assert sum(line["model_loads"] for line in lines) == summary["processes"] == 1
@@ -129,7 +131,7 @@ def reply_to(message: Message, a, examples=1.0, **changes) -> Message:
     content = RecordDict(
         {
             "arrays": ArrayRecord({name: array for name, array in arrays.items() if array is not None}),
-            "metrics": MetricRecord(metrics),
+            "metrics": MetricRecord({name: value for name, value in metrics.items() if value is not None}),
             "worker": ConfigRecord({"process": "test:1"}),
         }
     )
@@ -145,11 +147,21 @@ def question():
     return message
 
 
+def lying_array() -> Array:
+    """An array that claims another shape than its bytes have."""
+    honest = Array(np.ones((1, 1), np.float32))
+    return Array("float32", (1, 2), honest.stype, honest.data)
+
+
 FAULTS = {
     "missing tensor": (dict(arrays={"b": None}), "other tensors"),
     "extra tensor": (dict(arrays={"c": Array(np.zeros(1, np.float32))}), "other tensors"),
     "wrong shape": (dict(arrays={"b": Array(np.zeros((2, 1), np.float32))}), "b is float32 (2, 1)"),
     "wrong dtype": (dict(arrays={"b": Array(np.zeros((1, 2), np.float64))}), "b is float64"),
+    "a shape that is a lie": (dict(arrays={"b": lying_array()}), "b is float32 (1, 1)"),
+    "torn bytes": (dict(arrays={"b": Array("float32", (1, 2), "numpy.ndarray", b"torn")}), "b can not be read"),
+    "missing report": (dict(metrics={"rows": None}), "does not report exactly"),
+    "unknown report": (dict(metrics={"extra": 1.0}), "does not report exactly"),
     "not a number": (dict(arrays={"b": Array(np.full((1, 2), np.nan, np.float32))}), "b is not finite"),
     "infinite": (dict(arrays={"b": Array(np.full((1, 2), np.inf, np.float32))}), "b is not finite"),
     "no examples": (dict(metrics={"num-examples": 0}), "num-examples=0"),
@@ -195,6 +207,51 @@ def test_failing_client_is_named_and_the_rest_is_averaged(tmp_path):
     assert record["clients"] == [0, 1, 3]
     assert federation.progress.warnings == ["round 1: client 2 is left out: OSError: disk is gone"]
     assert 2 not in federation.state.rows_seen
+
+
+class Losing(LocalGrid):
+    """A grid that loses partition 1 in round 1, as the engine reports it: in its own name."""
+
+    def answer(self, message):
+        name = super().answer(message)
+        if message.metadata.message_type == "train" and self.nodes[message.metadata.dst_node_id] == 1:
+            lost = Message(Error(3, "node unavailable"), reply_to=message)
+            lost.metadata.__dict__["_src_node_id"] = 1
+            self.replies[name] = lost
+        return name
+
+
+def test_node_that_the_engine_gives_up_is_left_out_by_its_own_name(tmp_path):
+    config = small("strategy.fraction_fit=1.0", "num_rounds=1")
+    client._resident.clear()
+    federation = make_federation(config, tmp_path)
+    federation.run(Losing(client_app(Site(config)), 4))
+    assert federation.progress.rounds[0]["clients"] == [0, 2, 3]
+    assert federation.progress.warnings == ["round 1: client 1 is left out: node unavailable"]
+
+
+class Restarting(LocalGrid):
+    """A grid on which the node of partition 0 restarts under a new id after the first round."""
+
+    def get_node_ids(self):
+        if "train" in self.seen and 1 not in self.nodes:
+            self.nodes[1] = 0  # a new id, while the old one is still listed
+        return list(self.nodes)
+
+    seen: set = set()
+
+    def answer(self, message):
+        self.seen = self.seen | {message.metadata.message_type}
+        return super().answer(message)
+
+
+def test_node_that_restarts_takes_its_place_again(tmp_path):
+    config = small("strategy.fraction_fit=1.0", "num_rounds=3")
+    client._resident.clear()
+    federation = make_federation(config, tmp_path)
+    federation.run(Restarting(client_app(Site(config)), 4))
+    assert federation.nodes[0] == 1
+    assert [record["clients"] for record in federation.progress.rounds] == [[0, 1, 2, 3]] * 3
 
 
 def test_round_without_a_valid_reply_ends_the_run_with_the_clients_traceback(tmp_path):
