@@ -46,7 +46,7 @@ def main() -> int:
     sys.argv[1:] = canonical(sys.argv[1:])
     try:
         job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         return report(error)
     except OSError as error:
         return report(SettingsError(f"{error.filename}: {error.strerror}; choose another folder (hydra.run.dir)"))

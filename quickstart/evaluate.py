@@ -1,7 +1,8 @@
 """python -m quickstart.evaluate RUN_FOLDER: what the base model knew, and what the federated adapter knows.
 
 Asks every held-out question (quickstart/data/heldout.jsonl, never trained on) greedily, with and without
-the adapter, and prints exact match by category and the loss on the right answers. Exit code 1 if the
+the adapter, and prints exact match by category, how many answers at least begin with the right line (a base
+model never stops), and the loss on the right answers. Exit code 1 if the
 adapter does not reach what the README promises.
 """
 
@@ -43,6 +44,7 @@ def measure(model: Any, tokenizer: Any, rows: Any, template: str) -> dict[str, A
     prompts = [encode_prompt(tokenizer, template, [as_message(row)]) for row in rows]
     given = answers(model, tokenizer, prompts)
     right = [answer == row["output"].strip() for answer, row in zip(given, rows, strict=True)]
+    begun = [answer.split("\n")[0] == row["output"].strip() for answer, row in zip(given, rows, strict=True)]
     by_category = defaultdict(list)
     for row, correct in zip(rows, right, strict=True):
         by_category[row["category"]].append(correct)
@@ -50,6 +52,7 @@ def measure(model: Any, tokenizer: Any, rows: Any, template: str) -> dict[str, A
     loss, _, _ = loss_on(model, [partition.row(index) for index in range(len(partition))], 64)
     return {
         "exact_match": sum(right) / len(right),
+        "first_line": sum(begun) / len(begun),
         "by_category": {name: sum(hits) / len(hits) for name, hits in sorted(by_category.items())},
         "loss": loss,
         "answers": given,
@@ -78,6 +81,7 @@ def main() -> int:
     for name in after["by_category"]:
         print(f"{name:14}{before['by_category'][name]:8.1%}{after['by_category'][name]:9.1%}")
     print(f"{'exact match':14}{before['exact_match']:8.1%}{after['exact_match']:9.1%}")
+    print(f"{'first line':14}{before['first_line']:8.1%}{after['first_line']:9.1%}")
     print(f"{'loss':14}{before['loss']:8.3f}{after['loss']:9.3f}")
     for row, wrong, given in list(zip(rows, before["answers"], after["answers"], strict=True))[:3]:
         question = " ".join(f"{row['instruction']} {row['input']}".split())

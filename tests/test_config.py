@@ -153,7 +153,7 @@ BAD = {
     "client_resources.num_cpus=0": "client_resources.num_cpus=0: use a number of at least 1",
     "+foo=1": "foo: there is no such setting",
     "+train.lr=3": "train.lr: there is no such setting",
-    "strategy=null": "strategy=null: choose one of",
+    "strategy=null": "a group of settings can not be null: name one",
     "model.lora=null": "model.lora=None: holds several settings",
     "train.training_arguments=null": "train.training_arguments=None: holds several settings",
     "model.lora.lora_dropout=null": "model.lora.lora_dropout=None: use a number",
