@@ -124,8 +124,9 @@ def partition_rows(rows: Dataset, cfg: DatasetConfig, num_partitions: int, seed:
     """
     chosen = partitioner_class(cfg)
     arguments = {name: value for name, value in cfg.partitioner.items() if name != "_target_"}
-    takes = accepted(chosen)
-    arguments |= {name: value for name, value in (("num_partitions", num_partitions),) if name in takes}
+    takes = inspect.signature(chosen).parameters
+    if "num_partitions" in takes:
+        arguments["num_partitions"] = num_partitions
     if "seed" in takes:
         arguments.setdefault("seed", seed)
     if num_partitions > len(rows):
@@ -153,11 +154,6 @@ def partitioner_class(cfg: DatasetConfig) -> type[Partitioner]:
         raise SettingsError(f"dataset.partitioner._target_={target}: not a flwr_datasets partitioner")
     check_keywords("dataset.partitioner", cfg.partitioner, chosen, {"num_partitions": "set num_clients"})
     return chosen
-
-
-def accepted(target: type) -> Iterable[str]:
-
-    return inspect.signature(target).parameters
 
 
 # --- prompt, tokens and loss mask -----------------------------------------------------------------

@@ -128,8 +128,8 @@ def serve(socket: str, key: bytes) -> None:
             try:
                 with listener.accept() as connection:
                     answer(connection)
-            except (OSError, EOFError, AuthenticationError):  # a caller that went away, or did not know the key
-                continue
+            except (OSError, EOFError, AuthenticationError) as error:
+                logging.getLogger(__name__).warning("a caller went away or did not know the key: %r", error)
 
 
 def answer(connection: Connection) -> None:

@@ -3,8 +3,7 @@
 import itertools
 from collections.abc import Iterable
 
-import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -90,8 +89,3 @@ def run_locally(config: RunConfig, folder, app: ClientApp | None = None) -> tupl
     federation = make_federation(config, folder)
     grid = LocalGrid(app or client_app(Site(config)), config.num_clients)
     return federation, federation.run(grid)
-
-
-@pytest.fixture
-def facts() -> ConfigRecord:
-    return ConfigRecord({"process": "test:1"})
