@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -20,7 +21,9 @@ from deployment import certificates
 from utils import SUITE_FOLDER, read_json_lines
 
 BIN = Path(sys.executable).parent
+QUICKSTART = ["experiment=quickstart", "num_rounds=5"]
 RUN = ["experiment=quickstart", "num_rounds=3", "train.training_arguments.max_steps=2"]
+POLLING_S = 6.0  # Flower's: the SuperNode asks for messages, and the server for replies, every 3 seconds
 
 
 # --- what a node accepts, and what the launchers refuse -------------------------------------------
@@ -236,25 +239,37 @@ def test_four_commands_give_the_adapter_of_the_simulation_bit_for_bit(tmp_path):
     with engine(tmp_path / "deployed", port=8000) as deployed:
         deployed.node("first", "app:client1")
         deployed.node("second", "app:client2")
-        done = deployed.run(*RUN)
+        done = deployed.run(*QUICKSTART)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "finished:completed" in done.stdout
         assert done.stdout.count("round ") >= 3
         results = json.loads((deployed.results() / "results.json").read_text())
-        # a node killed in a round, the worker killed, and everything failing, on the same engine
         metrics = read_json_lines(deployed.results() / "metrics.jsonl")
         files = {file.name for file in deployed.results().iterdir()}
-    assert {"peft_3", "metrics.jsonl", "results.json", "train_loss.png", "main.log", ".hydra"} <= files
+    assert {"peft_5", "metrics.jsonl", "results.json", "train_loss.png", "main.log", ".hydra"} <= files
     assert (results["model_loads"], results["processes"], results["tokenizations"]) == (2, 2, 2)
     simulated = simulate(tmp_path / "simulated")
     assert results["adapter_sha256"] == simulated["adapter_sha256"]
-    walls = [line["seconds"]["wall"] for line in metrics[1:]]
-    expected = [line["seconds"]["wall"] for line in read_json_lines(tmp_path / "simulated" / "metrics.jsonl")[1:]]
-    print("seconds a round, deployed and simulated:", walls, expected)
+    expected = round_seconds(read_json_lines(tmp_path / "simulated" / "metrics.jsonl"))
+    took = round_seconds(metrics)
+    print(f"seconds a round: {took:.2f} deployed, {expected:.2f} simulated")
+    assert took - POLLING_S <= 1.3 * expected
+
+
+def round_seconds(metrics: list[dict]) -> float:
+    """Median wall time of the rounds from the second on."""
+    return statistics.median(line["seconds"]["wall"] for line in metrics[1:])
 
 
 def simulate(folder: Path) -> dict:
-    command = [sys.executable, "main.py", *RUN, "num_clients=2", "strategy.fraction_fit=1.0", f"hydra.run.dir={folder}"]
+    command = [
+        sys.executable,
+        "main.py",
+        *QUICKSTART,
+        "num_clients=2",
+        "strategy.fraction_fit=1.0",
+        f"hydra.run.dir={folder}",
+    ]
     done = subprocess.run(command, cwd=SUITE_FOLDER, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "results.json").read_text())
@@ -305,6 +320,10 @@ def test_faults_of_nodes_and_workers_and_a_late_node(tmp_path):
         flwr.terminate()
         flwr.wait()
         output = "".join(seen)
+        deadline = time.monotonic() + 60
+        while "finished:" not in (listed := deployed.flwr("list", "trial", "--format", "json").stdout):
+            assert time.monotonic() < deadline, listed
+        assert "finished:completed" in listed
         lines = read_json_lines(deployed.results() / "metrics.jsonl")
         assert [line["round"] for line in lines] == [1, 2, 3, 4, 5, 6], output
         assert lines[0]["clients"] == [0, 1]
