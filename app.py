@@ -7,16 +7,14 @@ libraries are imported by the work itself, or live in the node's resident worker
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from omegaconf import OmegaConf
 
 import resident
-from config import compose
 from resident import replied
 
 OVERRIDES = "overrides"  # the one run-config key: Hydra overrides, separated by blanks as in a shell
@@ -26,28 +24,48 @@ server = ServerApp()
 
 @server.main()
 def serve(grid: Grid, context: Context) -> None:
-    """A deployed run: as in simulation, with results in a run folder below the SuperLink's working folder.
+    """A deployed run: as in simulation, with results in a run folder below the SuperLink's working folder."""
+    folder = new_folder(Path.cwd() / "outputs")
+    try:
+        play(grid, shlex.split(str(context.run_config.get(OVERRIDES, ""))), folder)
+    except Exception as error:
+        print(f"error: {error}\nlog: {folder / 'main.log'}", flush=True)
+        raise
 
-    No setting of a run can move that folder: whoever submits runs does not name paths on this machine.
-    """
-    from dataset import read_template
-    from model import read_tokenizer
-    from progress import RunProgress
-    from strategy import Federation
+
+def play(grid: Grid, overrides: list[str], folder: Path) -> None:
+    """The rounds of a deployed run."""
     from utils import log_to_file
 
-    overrides = shlex.split(str(context.run_config.get(OVERRIDES, "")))
+    log_to_file(folder / "main.log")
+    from omegaconf import OmegaConf
+
+    from config import compose
+    from dataset import read_template
+    from model import read_tokenizer
+    from progress import RunProgress, summary_line
+    from strategy import Federation
+
     config = compose(overrides, "deployment")
-    folder = Path.cwd() / "outputs" / datetime.now().astimezone().strftime("%Y-%m-%d/%H-%M-%S")
-    (folder / ".hydra").mkdir(parents=True)
     OmegaConf.save(asdict(config), folder / ".hydra" / "config.yaml")
     OmegaConf.save(overrides, folder / ".hydra" / "overrides.yaml")
-    log_to_file(folder / "main.log")
     template = read_template(config.dataset, read_tokenizer(config.model))
     with RunProgress(config.num_rounds) as progress:
         summary = Federation(config, folder, template, progress).run(grid)
-    print(f"final loss {summary['final_train_loss']:.4f} after {summary['rounds']} rounds")
+    print(summary_line(summary))
     print(f"results: {folder}", flush=True)
+
+
+def new_folder(below: Path) -> Path:
+    """A run folder named by the time, or by the next second if another run has that one."""
+    moment = datetime.now().astimezone()
+    while True:
+        folder = below / moment.strftime("%Y-%m-%d/%H-%M-%S")
+        try:
+            (folder / ".hydra").mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            moment += timedelta(seconds=1)
 
 
 def make_client(partition_id: int | None = None) -> ClientApp:

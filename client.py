@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -43,7 +42,7 @@ from dataset import (
 )
 from model import Adapter
 from resident import replied
-from utils import log_to_file, seed_of
+from utils import log_to_file, peak_resident_bytes, seed_of
 
 _resident: dict[str, "Worker"] = {}  # by settings, at most one: what outlives a message in this process
 
@@ -364,9 +363,7 @@ class Clock:
 
 def peak_memory_bytes() -> int:
     """Most memory that this process ever held: on the GPU where there is one, else in main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
 
 
 # --- Flower ---------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-CONFIG_FOLDER = Path(__file__).parent / "conf"
+CONFIG_FOLDER = Path(__file__).resolve().parent / "conf"
 PASSED_ON = ("model.lora", "dataset.partitioner", "train.training_arguments", "strategy")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 ALIASES = {"fraction_fit.fraction_fit": "strategy.fraction_fit"}
 
 
@@ -123,6 +124,10 @@ class RunConfig:
     num_rounds: int = ranged(1)
     seed: int = ranged(0, 2**31 - 1)
     dry_run: bool = MISSING
+    tracker: str | None = field(default=MISSING, metadata={"allowed": (None, *TRACKERS)})
+    """Where the numbers of each round go besides metrics.jsonl, through accelerate's trackers."""
+    resume_sweep: str | None = MISSING
+    """Folder of an interrupted sweep: its complete jobs are not run again."""
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -153,6 +158,28 @@ def canonical(overrides: Sequence[str]) -> list[str]:
     """Overrides with documented other spellings of a key replaced by the key."""
     pattern = re.compile(r"^\+{0,2}(" + "|".join(map(re.escape, ALIASES)) + ")=")
     return [pattern.sub(lambda found: ALIASES[found[1]] + "=", override) for override in overrides]
+
+
+def resumed(arguments: Sequence[str]) -> list[str]:
+    """The command line that `resume_sweep=FOLDER` stands for: the sweep's own, in its own folder.
+
+    Raises:
+        SettingsError: if there is no sweep in the folder, or it had other settings than those given beside.
+    """
+    mark = "resume_sweep="
+    folders = [argument[len(mark) :] for argument in arguments if argument.startswith(mark)]
+    if not folders:
+        return list(arguments)
+    noted = Path(folders[-1]) / "multirun.yaml"
+    if not noted.is_file():
+        raise SettingsError(f"{mark}{folders[-1]}: not the folder of a sweep (it has no multirun.yaml)")
+    overrides = OmegaConf.load(noted).hydra.overrides
+    own = [item for item in overrides.task if not item.startswith(mark)]
+    given = [item for item in arguments if "=" in item and not item.startswith((mark, "hydra", "-"))]
+    if given and given != own:
+        raise SettingsError(f"{mark}{folders[-1]}: was started with {' '.join(own)}; repeat these, or give none")
+    engine = [item for item in overrides.hydra if not item.startswith(("hydra.sweep.dir=", "hydra.mode="))]
+    return ["--multirun", *own, *engine, f"{mark}{folders[-1]}", f"hydra.sweep.dir={folders[-1]}"]
 
 
 def compose(overrides: Sequence[str] = (), name: str = "config") -> RunConfig:
@@ -212,7 +239,8 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
         if is_dataclass(value):
             check_ranges(value, key + ".")
         elif "allowed" in rule and value not in rule["allowed"]:
-            raise SettingsError(f"{key}={value}: use one of {', '.join(rule['allowed'])}")
+            known = ", ".join("null" if allowed is None else allowed for allowed in rule["allowed"])
+            raise SettingsError(f"{key}={value}: use one of {known}")
         elif "low" in rule and not in_range(value, rule):
             raise SettingsError(f"{key}={value}: use {describe_range(rule)}")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Value, disable_progress_bars, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, disable_progress_bars, load_dataset, load_dataset_builder
 from flwr_datasets.partitioner import Partitioner
 from hydra.utils import get_class
 from safetensors import safe_open
@@ -94,7 +94,13 @@ def explain_unreadable(files: Sequence[Path], kind: str, error: Exception) -> st
 
 def read_hub(cfg: DatasetConfig) -> Dataset:
     try:
-        rows = load_dataset(cfg.name, split=cfg.split)
+        builder = load_dataset_builder(cfg.name)
+        files = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
+        local = [file for file in files if "://" not in file]
+        if local:  # a repository's README could name them, and so make this machine read its own files
+            raise ValueError(f"it names a file of this machine, {local[0]}")
+        builder.download_and_prepare()
+        rows = builder.as_dataset(cfg.split)
     except Exception as error:  # not found, gated, offline, no such split: the library's own words say which
         raise SettingsError(
             f"dataset.name={cfg.name}: no local file or folder, and not to be had from the Hub "

@@ -4,6 +4,7 @@ Users know these names and Flower no longer ships them. Imports nothing heavy.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -15,15 +16,25 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent))  # the console scripts know this file alone
+
+from config import SettingsError, compose  # noqa: E402
 
 SUITE_FOLDER = Path(__file__).resolve().parent
 SUPERLINK = "127.0.0.1:8000"
 PARTITIONS = {"client": None, "client1": 0, "client2": 1}
 REACH_S = 10.0
+LEAVE_S = 15.0
+EARLY_S, MOST_EARLY_DEATHS = 15.0, 3  # of a worker
+PENDING_S = 20.0
+PR_SET_PDEATHSIG = 1
 
 
 def client_command() -> int:
@@ -59,10 +70,12 @@ class LaunchError(Exception):
     """What the user has to change, in one line."""
 
 
-def run_or_say(command) -> int:
+def run_or_say(command: Callable[[], int]) -> int:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
-        return int(command())
-    except LaunchError as error:
+        return command()
+    except (LaunchError, SettingsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -73,21 +86,22 @@ def check_connection(options: argparse.Namespace) -> None:
     """Warn of a connection without TLS; raise LaunchError if nobody answers within REACH_S seconds."""
     if options.insecure:
         print("warning: --insecure: adapters travel unencrypted and nobody proves who they are", file=sys.stderr)
-    if options.root_certificates and not options.root_certificates.is_file():
+    if options.root_certificates and not os.path.isfile(options.root_certificates):
         raise LaunchError(f"--root-certificates={options.root_certificates}: no such file")
     host, _, port = options.superlink.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise LaunchError(f"--superlink={options.superlink}: use HOST:PORT, for example {SUPERLINK}")
     deadline = time.monotonic() + REACH_S
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
             return
-        except OSError as error:
-            if time.monotonic() > deadline:
+        except (OSError, ValueError) as error:
+            if time.monotonic() > deadline or isinstance(error, ValueError):
+                reason = getattr(error, "strerror", None) or error
                 raise LaunchError(
-                    f"--superlink={options.superlink}: no SuperLink answers ({error.strerror or error}); start "
-                    "flower-superlink first, or correct the address"
+                    f"--superlink={options.superlink}: no SuperLink answers ({reason}); start flower-superlink first, "
+                    "or correct the address"
                 ) from error
             time.sleep(0.5)
 
@@ -100,6 +114,8 @@ def node_config(options: argparse.Namespace) -> str:
     name = options.app.removeprefix("app:")
     if not options.app.startswith("app:") or name not in PARTITIONS:
         raise LaunchError(f"{options.app}: use {', '.join('app:' + known for known in PARTITIONS)}")
+    if PARTITIONS[name] is not None and options.partition_id is not None:
+        raise LaunchError(f"--partition-id={options.partition_id}: {options.app} has its own; use app:client")
     partition = options.partition_id if PARTITIONS[name] is None else PARTITIONS[name]
     if partition is None or partition < 0:
         raise LaunchError(f"{options.app}: needs --partition-id=NUMBER, from 0, different on every node")
@@ -107,39 +123,71 @@ def node_config(options: argparse.Namespace) -> str:
     for key in ("dataset", "model"):
         path = getattr(options, key)
         if path is not None:
-            if not path.exists():
+            if not os.path.exists(path):
                 raise LaunchError(f"--{key}={path}: no such file or folder")
-            config.append(f"{key}={json.dumps(str(path.resolve()))}")
+            config.append(f"{key}={toml_text(str(path.resolve()))}")
     return " ".join(config)
+
+
+def toml_text(text: str) -> str:
+    """`text` as a TOML string in the form that Flower's parser of KEY=VALUE lists knows: without escaped quotes."""
+    return json.dumps(text, ensure_ascii=False).replace('\\"', "\\u0022")
 
 
 def start_node(options: argparse.Namespace, others: Sequence[str]) -> int:
     """Run a SuperNode until it ends or is told to, with a worker beside it that is restarted when it dies."""
+    if any(other.split("=")[0] == "--node-config" for other in others):
+        raise LaunchError("--node-config: decided by this launcher; use --partition-id, --dataset and --model")
     config = node_config(options)
     check_connection(options)
     security = ["--insecure"] if options.insecure else []
     if options.root_certificates:
         security = ["--root-certificates", str(options.root_certificates)]
     command = [tool("flower-supernode"), *security, "--superlink", options.superlink, "--node-config", config]
-    with tempfile.TemporaryDirectory(prefix="flowertune-") as folder:  # mode 700: nobody else gets to the socket
+    with private_folder() as folder:
         environment = os.environ | {
             "FLOWERTUNE_WORKER": str(Path(folder) / "worker"),
             "FLOWERTUNE_WORKER_KEY": secrets.token_hex(32),
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # seconds; Flower's default of 1 delays every message
         }
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        worker = start_worker(environment)
-        node = subprocess.Popen([*command, "--port", str(free_port()), *others], env=environment)
+        worker, early_deaths = start_worker(environment), 0
+        node = subprocess.Popen(
+            [*command, "--port", str(free_port()), *others],
+            env=environment,
+            preexec_fn=end_with_parent,  # noqa: PLW1509
+        )
+        started = time.monotonic()
         try:
             while node.poll() is None:
                 if worker.poll() is not None:
+                    early_deaths = early_deaths + 1 if time.monotonic() - started < EARLY_S else 0
+                    if early_deaths == MOST_EARLY_DEATHS:
+                        print("error: the worker dies as soon as it starts; its reason is above", file=sys.stderr)
+                        return 1
                     print("warning: the worker died; starting another", file=sys.stderr)
                     Path(environment["FLOWERTUNE_WORKER"]).unlink(missing_ok=True)
-                    worker = start_worker(environment)
+                    worker, started = start_worker(environment), time.monotonic()
                 time.sleep(0.2)
             return node.returncode
+        except KeyboardInterrupt:  # a terminal sends it to the SuperNode too, which takes its leave from the SuperLink
+            with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                node.wait(LEAVE_S)
+            raise
         finally:
             end(node)
             end(worker)
+
+
+def private_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that only this user can enter, with a path short enough for a Unix socket (107 bytes)."""
+    short = len(os.fsencode(tempfile.gettempdir())) < 80
+    return tempfile.TemporaryDirectory(prefix="flowertune-", dir=None if short else "/tmp")  # noqa: S108
+
+
+def end_with_parent() -> None:
+    """Have Linux send SIGTERM to this process when the launcher is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def start_worker(environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -149,7 +197,7 @@ def start_worker(environment: dict[str, str]) -> subprocess.Popen[bytes]:
     )
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     process.terminate()
     try:
         process.wait(10)
@@ -180,22 +228,24 @@ def submit(options: argparse.Namespace) -> int:
     for override in options.overrides:
         if "=" not in override:
             raise LaunchError(f"{override}: is not KEY=VALUE")
+    compose(options.overrides, "deployment")  # a wrong setting is answered here, not by a failed run
     check_connection(options)
+    overrides = f"overrides={toml_text(shlex.join(options.overrides))}"
+    command = [tool("flwr"), "run", str(SUITE_FOLDER), "launcher", "--stream", "--run-config", overrides]
     with connection_folder(options) as environment:
-        command = [
-            tool("flwr"),
-            "run",
-            str(SUITE_FOLDER),
-            "launcher",
-            "--stream",
-            "--run-config",
-            f"overrides={json.dumps(shlex.join(options.overrides))}",
-        ]
-        run_id = show(command, environment)
-        if run_id is None:
-            raise LaunchError("the SuperLink took no run; its answer is above")
-        status = run_status(run_id, environment)
-    print(f"run {run_id}: {status}")
+        run = Run(command, environment)
+        try:
+            run.show()
+            if run.id is None:
+                raise LaunchError("the SuperLink took no run; its answer is above")
+            status = run_status(run.id, environment)
+        except (KeyboardInterrupt, SystemExit):
+            if run.id is not None:
+                stop = [tool("flwr"), "stop", run.id, "launcher"]
+                stopped = not subprocess.run(stop, env=environment, capture_output=True, check=False).returncode
+                print(f"run {run.id}: {'stopped' if stopped else 'could not be stopped and goes on'}", flush=True)
+            raise
+    print(f"run {run.id}: {status}")
     return 0 if status == "finished:completed" else 1
 
 
@@ -212,19 +262,40 @@ def connection_folder(options: argparse.Namespace) -> Iterator[dict[str, str]]:
         yield os.environ | {"FLWR_HOME": home}
 
 
-def show(command: Sequence[str], environment: dict[str, str]) -> str | None:
-    """Run `flwr run`, pass its output on, and return the run's id, which is part of it."""
-    run_id = None
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if found := re.search(r"started run (\d+)", line):
-                run_id = found[1]
-    finally:
-        end(process)  # type: ignore[arg-type]
-    return run_id
+class Run:
+    """`flwr run` as a process; `id` is known as soon as the SuperLink took the run."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.command, self.environment = command, environment
+        self.id: str | None = None
+
+    def show(self) -> None:
+        """Pass the output on until the run ends."""
+        process = subprocess.Popen(
+            self.command,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for this process, which then stops the run
+        )
+        assert process.stdout is not None
+        pending = threading.Timer(PENDING_S, self.say_pending)
+        pending.daemon = True
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if found := re.search(r"started run (\d+)", line):
+                    self.id = found[1]
+                    pending.start()
+                elif self.id and "logstream" not in line:
+                    pending.cancel()
+        finally:
+            pending.cancel()
+            end(process)
+
+    def say_pending(self) -> None:
+        print(f"run {self.id} has not started yet; if this goes on, read the SuperLink's own log", flush=True)
 
 
 def run_status(run_id: str, environment: dict[str, str]) -> str:
@@ -234,7 +305,9 @@ def run_status(run_id: str, environment: dict[str, str]) -> str:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         found = re.search(r'"status": ?"([^"]+)"', done.stdout)
         if found is None:
-            raise LaunchError(f"run {run_id}: its status can not be had ({(done.stdout + done.stderr).strip()[-200:]})")
+            said = " ".join((done.stdout + done.stderr).split())
+            reason = re.search(r'"error-message": ?"(.*?)"', said)
+            raise LaunchError(f"run {run_id}: its status can not be had ({(reason[1] if reason else said)[:200]})")
         if found[1].startswith("finished"):
             return found[1]
         time.sleep(1)

@@ -7,6 +7,7 @@ the run is complete, 1 it failed, 2 a setting has to be changed.
 import math
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -15,41 +16,56 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from config import SettingsError, canonical, checked, one_line
+import compare
+import engine
+from config import CONFIG_FOLDER, SettingsError, canonical, checked, one_line, resumed
 
 exit_codes: list[int] = []  # of the jobs of this command line
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="config")
 def job(cfg: DictConfig) -> float:
     """One run, or one job of a sweep; returns the final training loss, for sweepers."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        config, folder = checked(cfg), Path(HydraConfig.get().runtime.output_dir)
+        config = checked(cfg)
+        if config.resume_sweep and (done := compare.read_run(folder)).status == compare.COMPLETE:
+            return float(done.results["final_train_loss"])
+        if not config.dry_run:
+            engine.check_machine(config)
+            engine.warm_up(config, folder / "main.log")
         import simulation  # the model libraries take seconds: settings are checked first
 
         return simulation.show_plan(config, folder) if config.dry_run else simulation.run(config, folder)
-    except (SettingsError, OmegaConfBaseException, RuntimeError) as error:
+    except Exception as error:
         exit_codes.append(report(error))
+        (folder / compare.ERROR_FILE).write_text(f"{error}\n", encoding="utf-8")
         return math.nan
 
 
 def report(error: Exception) -> int:
-    """Print an expected failure, one line for a wrong setting; returns the exit code."""
-    failed = isinstance(error, RuntimeError)
-    print(f"error: {error if failed else one_line(error)}", file=sys.stderr)
-    return 1 if failed else 2
+    """Print what went wrong, one line for a wrong setting; returns the exit code."""
+    if isinstance(error, SettingsError | OmegaConfBaseException | HydraException):
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    if not isinstance(error, RuntimeError):  # a fault of the suite
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 def main() -> int:
     """Run the command line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of into Hydra's own report
-    sys.argv[1:] = canonical(sys.argv[1:])
     try:
+        sys.argv[1:] = resumed(canonical(sys.argv[1:]))
         job()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        return report(error)
     except OSError as error:
         return report(SettingsError(f"{error.filename}: {error.strerror}; choose another folder (hydra.run.dir)"))
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        return report(error)
+    if compare.SweepReport.failed:
+        return 1
     return max(exit_codes, default=0)
 
 

@@ -1,6 +1,7 @@
 """Before the start: check that a run can work, and say what it will take. Loads no base model."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,26 +15,12 @@ import model as adapters
 from client import training_arguments
 from config import RunConfig, SettingsError
 from dataset import find_template, load_rows, partition_rows, partitioner_class, read_template, tokenize_rows
+from engine import check_machine
 from strategy import make_strategy
 from utils import bytes_text, local_path
 
 UNKNOWN = "unknown without the network"
 BYTES_PER_WEIGHT = {"4": 0.516, "8": 1.0, "none": 2.0}  # nf4 with double quantization: 4.127 bits a weight
-
-
-def check_machine(config: RunConfig) -> None:
-    """Raise SettingsError if not one worker fits into this machine; a Ray cluster is left to Ray."""
-    if config.ray.address:
-        return
-    wanted, cpus, gpus = config.client_resources, os.cpu_count() or 1, torch.cuda.device_count()
-    if wanted.num_cpus > cpus:
-        raise SettingsError(
-            f"client_resources.num_cpus={wanted.num_cpus}: this machine has {cpus}; "
-            f"set client_resources.num_cpus={cpus}"
-        )
-    if wanted.num_gpus > gpus:
-        hint = "client_resources.num_gpus=0 to train on the CPU" if gpus == 0 else f"client_resources.num_gpus={gpus}"
-        raise SettingsError(f"client_resources.num_gpus={wanted.num_gpus:g}: this machine has {gpus}; set {hint}")
 
 
 def check_names(config: RunConfig) -> None:
@@ -77,8 +64,17 @@ def weights_present(config: RunConfig) -> bool:
     return folder is None or any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
 
 
-def check_folder(folder: Path) -> None:
-    """Raise SettingsError if results can not be written into `folder`, or another run's are there."""
+def check_folder(folder: Path, *, fresh: bool = False) -> None:
+    """Raise SettingsError if results can not be written into `folder`, or another run's are there.
+
+    Args:
+        fresh: clear away what an unfinished run left there.
+    """
+    if fresh:
+        for old in [*folder.glob("peft_*"), *folder.glob(".tokens")]:
+            shutil.rmtree(old)
+        for name in ("metrics.jsonl", "error.txt"):
+            (folder / name).unlink(missing_ok=True)
     if (folder / "metrics.jsonl").exists() or any(folder.glob("peft_*")):
         raise SettingsError(f"hydra.run.dir={folder}: holds the results of another run; choose another folder")
     try:

@@ -6,14 +6,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tracking import numbers
 from utils import bytes_text, seconds_text
 
 
 class RunProgress:
-    """The progress of one run. Use as a context manager; output goes to `console`."""
+    """The progress of one run. Use as a context manager; output goes to `console`, numbers to `tracker` too."""
 
-    def __init__(self, num_rounds: int, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+    def __init__(self, num_rounds: int, console: Console | None = None, tracker: Any = None) -> None:
+        self.console, self.tracker = console or Console(highlight=False), tracker
         self.num_rounds = num_rounds
         self.live = self.console.is_terminal
         self.bar = Progress(
@@ -37,22 +38,23 @@ class RunProgress:
     def __exit__(self, *_: object) -> None:
         if self.live:
             self.bar.stop()
-
-    def start(self, message: str) -> None:
-        """Say what happens before the first round."""
-        self.say(message)
+        if self.tracker:
+            self.tracker.finish()
 
     def say(self, message: str) -> None:
+        """Say what happens before the first round."""
         if self.live:
             self.bar.update(self.task, status=message)
         else:
-            self.console.print(message)
+            self.console.print(message, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        self.console.print(f"warning: {message}", style="yellow", markup=False)
+        self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
     def round_done(self, record: Mapping[str, Any]) -> None:
         """Show a line of metrics.jsonl."""
+        if self.tracker:
+            self.tracker.log(numbers(record), step=record["round"])
         evaluation = f" eval {record['eval_loss']:.4f}" if "eval_loss" in record else ""
         loss = f"loss {record['train_loss']:.4f}{evaluation}"
         if self.live:
@@ -64,5 +66,15 @@ class RunProgress:
         clients = ",".join(map(str, record["clients"]))
         self.console.print(
             f"round {record['round']}/{self.num_rounds}  {loss}  clients {clients}  "
-            f"{record['tokens']} tokens  {traffic}  {wall:.1f}s  left {left}"
+            f"{record['tokens']} tokens  {traffic}  {wall:.1f}s  left {left}",
+            soft_wrap=True,
         )
+
+
+def summary_line(summary: Mapping[str, Any]) -> str:
+    """The end of a run in one line, from what results.json holds."""
+    traffic = bytes_text(summary["bytes_down"] + summary["bytes_up"])
+    return (
+        f"final loss {summary['final_train_loss']:.4f} after {summary['rounds']} rounds "
+        f"in {seconds_text(summary['seconds'])}, {traffic} transferred"
+    )

@@ -9,6 +9,8 @@ import logging
 import os
 import re
 import shlex
+import shutil
+import signal
 import sys
 import threading
 import time
@@ -24,6 +26,8 @@ from flwr.app import Error, Message, RecordDict
 CLIENT_ERROR = 1  # Error.code of a reply that carries a client's traceback
 SOCKET_VARIABLE, KEY_VARIABLE = "FLOWERTUNE_WORKER", "FLOWERTUNE_WORKER_KEY"
 PARTITIONERS = "flwr_datasets.partitioner."
+SHIPPED_NAMES = ("quickstart/data/train.jsonl", "quickstart/model")  # the only files of a node that a server may name
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 # KEY=VALUE of this suite: no hydra.* and no ${...}, which could read this machine's files and environment
 SAFE_OVERRIDE = re.compile(r"\+{0,2}(?!hydra)[a-z][\w./]*=[^$/~][^$]*")
 CONNECT_S = 60.0
@@ -69,6 +73,9 @@ def connect() -> Connection:
 
 def work(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> Any:
     """Run a handler in this process."""
+    from utils import quiet_libraries
+
+    quiet_libraries()
     import client
 
     return client.handle(name, client.Site(*node_settings(overrides, node)), content, int(node["partition-id"]))
@@ -92,9 +99,16 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
         if not SAFE_OVERRIDE.fullmatch(override) or ".." in override:
             raise SettingsError(f"{override}: not a setting that a server may make on a node")
     config = compose(given, "deployment")
-    for key, name in (("dataset.name", config.dataset.name), ("model.name", config.model.name)):
-        if key.split(".")[0] not in node and not shipped_path(name) and Path(name).expanduser().exists():
-            raise SettingsError(f"{key}={name}: a server can not name a path on this node; set it in the node's config")
+    for part, key in ((config.dataset, "dataset"), (config.model, "model")):
+        if key in node:
+            part.name = str(node[key])
+        elif part.name in SHIPPED_NAMES:
+            part.name = str(shipped_path(part.name))
+        elif not HUB_ID.fullmatch(part.name) or Path(part.name).exists() or shipped_path(part.name):
+            raise SettingsError(
+                f"{key}.name={part.name}: a server can name a Hub id, OWNER/NAME, and no path on this node; "
+                f"set {key} in the node's config"
+            )
     template = config.dataset.template
     if template != "tokenizer" and not shipped_path(f"conf/template/{template}.jinja"):
         raise SettingsError(f"dataset.template={template}: on a node, use a template of the suite")
@@ -104,8 +118,6 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
         raise SettingsError(f"dataset.partitioner._target_: on a node, use one of {PARTITIONERS}*")
     if config.model.trust_remote_code:
         raise SettingsError("model.trust_remote_code=true: a node does not run a model repository's code")
-    config.model.name = str(node.get("model", config.model.name))
-    config.dataset.name = str(node.get("dataset", config.dataset.name))
     return config, "dataset" in node
 
 
@@ -122,31 +134,41 @@ def texts(value: Any) -> Iterator[str]:
 
 def serve(socket: str, key: bytes) -> None:
     """Answer one connection after the other until standard input, held by the launcher, is closed."""
-    threading.Thread(target=leave_with_launcher, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business
+    threading.Thread(target=leave_with_launcher, args=[Path(socket).parent], daemon=True).start()
     with Listener(socket, "AF_UNIX", authkey=key) as listener:
         while True:
             try:
                 with listener.accept() as connection:
                     answer(connection)
             except (OSError, EOFError, AuthenticationError) as error:
-                logging.getLogger(__name__).warning("a caller went away or did not know the key: %r", error)
+                print(f"warning: a caller went away or did not know the key: {error!r}", file=sys.stderr, flush=True)
 
 
 def answer(connection: Connection) -> None:
+    name, overrides, node, content = connection.recv()
+    start = time.perf_counter()
     try:
-        reply = True, work(*connection.recv())
+        reply = True, work(name, overrides, node, content)
+        said = "".join(f", {key} {value:.6g}" for key, value in shown(reply[1]))
     except Exception:  # the caller reports it
         reply = False, traceback.format_exc()
+        said = f", failed: {reply[1].strip().splitlines()[-1]}"
+    print(f"{name}, partition {node['partition-id']}: {time.perf_counter() - start:.1f} s{said}", flush=True)
     connection.send(reply)
 
 
-def leave_with_launcher() -> None:
+def shown(reply: RecordDict) -> Iterator[tuple[str, Any]]:
+    """What a node's terminal shows of a reply."""
+    for record in reply.metric_records.values():
+        yield from ((name, record[name]) for name in ("rows", "train_loss", "eval_loss") if name in record)
+
+
+def leave_with_launcher(folder: Path) -> None:
     sys.stdin.buffer.read()
+    shutil.rmtree(folder, ignore_errors=True)  # in case that the launcher was killed
     os._exit(0)
 
 
 if __name__ == "__main__":
-    from utils import quiet_libraries
-
-    quiet_libraries()
     serve(os.environ[SOCKET_VARIABLE], bytes.fromhex(os.environ[KEY_VARIABLE]))

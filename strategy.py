@@ -8,7 +8,6 @@ from (seed, round) by partition id, because Flower's node ids are random in ever
 import hashlib
 import logging
 import shutil
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 import hydra
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from hydra.utils import get_class
@@ -27,11 +27,20 @@ from peft import LoraConfig
 import model as adapters
 from config import RunConfig, SettingsError, check_keywords, share_of
 from model import Adapter
-from utils import append_json_line, cosine_learning_rate, generator, plot_train_loss, read_json_lines, write_json
+from utils import (
+    append_json_line,
+    cosine_learning_rate,
+    generator,
+    peak_resident_bytes,
+    plot_train_loss,
+    read_json_lines,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.05
+POLL_S = 0.5  # of a SuperLink; each poll is a request that takes some of its processor
+NODE_UNAVAILABLE = ErrorCode.NODE_UNAVAILABLE
 PARTS = ("load_s", "data_s", "train_s")
 TOTALS = ("rows", "tokens", "without_response", "cut", "model_loads", "tokenizations")
 REPORT = frozenset((*PARTS, *TOTALS, "total_s", "num-examples", "train_loss", "peak_memory_bytes"))
@@ -45,7 +54,7 @@ class RunError(RuntimeError):
 class Progress(Protocol):
     """Where the server says how far it is. See progress.py."""
 
-    def start(self, message: str) -> None: ...
+    def say(self, message: str) -> None: ...
     def round_done(self, record: Mapping[str, Any]) -> None: ...
     def warn(self, message: str) -> None: ...
 
@@ -169,11 +178,8 @@ class State:
 class Federation:
     """One run, from asking the clients who they are to the last checkpoint."""
 
-    def __init__(
-        self, config: RunConfig, folder: Path, template: str, progress: Progress, stop: threading.Event | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, folder: Path, template: str, progress: Progress) -> None:
         self.config, self.folder, self.template, self.progress = config, folder, template, progress
-        self.stop = stop or threading.Event()
         self.strategy = make_strategy(config)
         self.lora: LoraConfig = adapters.lora_config(config.model)
         self.shapes = adapters.adapter_shapes(adapters.read_config(config.model), self.lora)
@@ -188,9 +194,9 @@ class Federation:
         """All rounds; returns the summary that results.json holds.
 
         Raises:
-            RunError: if a round has no valid reply, or the engine stopped.
+            RunError: if a round has no valid reply.
         """
-        self.progress.start("waiting for the clients")
+        self.progress.say("waiting for the clients")
         self.meet_clients(grid, self.config.num_clients)
         self.complete_adapter(grid)
         for round_number in range(self.state.round_number + 1, self.config.num_rounds + 1):
@@ -205,26 +211,39 @@ class Federation:
         Raises:
             RunError: if a client can not say who it is, or two say the same, before the first round.
         """
-        while len(online := set(grid.get_node_ids())) < at_least:
-            self.wait()
-        self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
-        new = sorted(online - set(self.nodes.values()) - self.unusable)
-        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
-        for node, reply in self.exchange(grid, questions).items():
-            if reply.has_error():
+        said = 0
+        while True:
+            online = set(grid.get_node_ids())
+            self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
+            new = sorted(online - set(self.nodes.values()) - self.unusable)
+            replies = self.exchange(
+                grid, [Message(RecordDict(), n, MessageType.QUERY, ttl=self.timeout_s) for n in new]
+            )
+            for node, reply in replies.items():
+                self.meet(node, reply)
+            if len(self.nodes) >= at_least:
+                return
+            if len(replies) < len(new):
+                raise RunError(f"{len(self.nodes)} of {at_least} clients answered in {self.timeout_s:g}s")
+            if said < (said := len(self.nodes)):
+                self.progress.say(f"{said} of {at_least} clients are here")
+            time.sleep(getattr(grid, "poll_s", POLL_S))
+
+    def meet(self, node: int, reply: Message) -> None:
+        """Take down who the client on `node` is."""
+        if reply.has_error():
+            if reply.error.code != NODE_UNAVAILABLE:  # else it left without a word, or will be asked again
                 self.refuse(node, f"a client can not say who it is:\n{reply.error.reason}")
-                continue
-            facts: Any = reply.content["client"]
-            partition = int(facts["partition-id"])
-            if partition in self.nodes:
-                self.refuse(
-                    self.nodes[partition], f"two clients have partition {partition}; each needs its own partition-id"
-                )
-            self.nodes[partition] = node
-            self.num_rows[partition] = int(facts["num-rows"])
-            log.info("client %s: %s rows, %s", partition, facts["num-rows"], facts["device"])
-        if len(self.nodes) < at_least:
-            raise RunError(f"{len(self.nodes)} of {at_least} clients answered in {self.timeout_s:g}s")
+            return
+        facts: Any = reply.content["client"]
+        partition = int(facts["partition-id"])
+        if partition in self.nodes:
+            self.refuse(
+                self.nodes[partition], f"two clients have partition {partition}; each needs its own partition-id"
+            )
+        self.nodes[partition] = node
+        self.num_rows[partition] = int(facts["num-rows"])
+        log.info("client %s: %s rows, %s", partition, facts["num-rows"], facts["device"])
 
     def refuse(self, node: int, reason: str) -> None:
         """Leave `node` out from here on; before the first round that ends the run."""
@@ -304,7 +323,7 @@ class Federation:
             content = RecordDict(
                 dict(message.content) | {"config": ConfigRecord(dict(message.content.config_records["config"]) | own)}
             )
-            messages.append(Message(content, node, message.metadata.message_type))
+            messages.append(Message(content, node, message.metadata.message_type, ttl=self.timeout_s))
         return messages
 
     def guard(
@@ -362,6 +381,7 @@ class Federation:
             "bytes_up": sum(payload_bytes(reply) for reply in replies),
             "processes": sorted({process_of(reply) for _, reply in good}),
             "peak_memory_bytes": int(max(report["peak_memory_bytes"] for report in reports.values())),
+            "server_peak_memory_bytes": peak_resident_bytes(),
             "seconds": {part[:-2]: sum(report[part] for report in reports.values()) for part in PARTS},
         }
 
@@ -414,12 +434,8 @@ class Federation:
             for reply in grid.pull_messages(waiting):
                 replies[sent[reply.metadata.reply_to_message_id]] = reply
             if len(replies) < len(sent):
-                self.wait()
+                time.sleep(getattr(grid, "poll_s", POLL_S))
         return replies
-
-    def wait(self) -> None:
-        if self.stop.wait(POLL_S):
-            raise RunError("the engine stopped; main.log has its last words")
 
     def save_checkpoint(self) -> None:
         """Write `peft_<round>/` whole or not at all."""
@@ -456,6 +472,7 @@ class Federation:
             "model_loads": sum(line["model_loads"] for line in metrics),
             "tokenizations": sum(line["tokenizations"] for line in metrics),
             "peak_memory_bytes": max(line["peak_memory_bytes"] for line in metrics),
+            "server_peak_memory_bytes": metrics[-1]["server_peak_memory_bytes"],
             "seconds": round(time.perf_counter() - self.started, 3),
             "adapter": f"peft_{self.state.round_number}",
             "adapter_sha256": file_sha256(self.folder / f"peft_{self.state.round_number}" / adapters.ADAPTER_FILE),

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import resource
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from typing import Any
 import numpy as np
 
 SUITE_FOLDER = Path(__file__).resolve().parent
+# eight colours that colour-blind readers tell apart (Okabe and Ito, 2008; yellow darkened for white paper)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
+STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def local_path(name: str) -> Path | None:
@@ -97,6 +101,7 @@ def quiet_transformers() -> None:
     import transformers
 
     logging.captureWarnings(True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     logging.getLogger().addHandler(logging.NullHandler())  # without any handler, Python writes to stderr
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
@@ -152,10 +157,49 @@ def plot_train_loss(metrics: Sequence[Mapping[str, Any]], path: Path, title: str
     axes.set(title=title, xlabel="Round", ylabel="Training loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(frameon=False)
     figure.savefig(path)
+
+
+def plot_comparison(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw the losses of several runs into a PNG: smoothed curves, the raw ones faint behind, best run first.
+
+    Args:
+        curves: lines of metrics.jsonl, by label.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    ends = {name: smoothed([line["train_loss"] for line in metrics]) for name, metrics in curves.items()}
+    order = sorted(curves, key=lambda name: -ends[name][-1])
+    figure = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for position, name in enumerate(order):
+        colour, style = COLOURS[position % len(COLOURS)], STYLES[position // len(COLOURS) % len(STYLES)]
+        rounds = [line["round"] for line in curves[name]]
+        axes.plot(rounds, [line["train_loss"] for line in curves[name]], color=colour, alpha=0.2, linewidth=1)
+        marker = MARKERS[position % len(MARKERS)]
+        axes.plot(
+            rounds, ends[name], color=colour, linestyle=style, linewidth=1.8,
+            marker=marker, markersize=4, markevery=max(1, len(rounds) // 8), label=f"{name}: {ends[name][-1]:.3f}",
+        )  # fmt: skip
+    axes.set(xlabel="Round", ylabel="Training loss, smoothed")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    tidy(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, title="run: last value")
+    figure.savefig(path)
+
+
+def tidy(axes: Any) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def peak_resident_bytes() -> int:
+    """Most main memory that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def bytes_text(count: float) -> str:

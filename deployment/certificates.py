@@ -1,13 +1,15 @@
-"""python -m deployment.certificates FOLDER --host NAME_OR_ADDRESS ... [--node NAME ...]
+"""python -m deployment.certificates FOLDER [--host NAME_OR_ADDRESS ...] [--node NAME ...]
 
 Makes what a federation over TLS with node authentication needs, for tests and trials: a certificate
-authority (ca.pem), the SuperLink's certificate for the given hosts (server.pem, server.key), and a key pair
-for every node (NAME, NAME.pub). Private keys are readable by this user alone. Valid for 90 days.
+authority (ca.pem), the SuperLink's certificate for the given hosts and this machine's own processes
+(server.pem, server.key), and a key pair for every node (NAME, NAME.pub). Without --host, only keys of further
+nodes. Private keys are readable by this user alone. Certificates are valid for 90 days. Replaces no file.
 """
 
 import argparse
 import ipaddress
 import os
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -58,8 +60,8 @@ def alternative(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def write_secret(path: Path, content: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+def write_new(path: Path, content: bytes, mode: int) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
 
 
@@ -68,29 +70,49 @@ def private_bytes(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFo
 
 
 def make(folder: Path, hosts: list[str], nodes: list[str]) -> None:
-    """Write all files into `folder`. Raises FileExistsError rather than replace a key."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ca, ca_key = authority()
-    certificate, key = server_certificate(hosts, ca, ca_key)
-    write_secret(folder / "server.key", private_bytes(key, serialization.PrivateFormat.PKCS8))
-    (folder / "ca.pem").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    """Write all files into `folder`, or none.
+
+    Raises:
+        FileExistsError: if one of them is there.
+        ValueError: for a host that is no name in ASCII (write münchen.de as xn--mnchen-3ya.de).
+    """
+    files: dict[str, bytes] = {}
+    if hosts:
+        ca, ca_key = authority()
+        # the SuperLink's own processes connect to it on this machine
+        certificate, key = server_certificate(list(dict.fromkeys([*hosts, "localhost", "127.0.0.1"])), ca, ca_key)
+        files["server.key"] = private_bytes(key, serialization.PrivateFormat.PKCS8)
+        files["ca.pem"] = ca.public_bytes(serialization.Encoding.PEM)
+        files["server.pem"] = certificate.public_bytes(serialization.Encoding.PEM)
     for node in nodes:
         pair = ec.generate_private_key(ec.SECP384R1())
-        write_secret(folder / node, private_bytes(pair, serialization.PrivateFormat.OpenSSH))
         public = pair.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        (folder / f"{node}.pub").write_bytes(public + b"\n")
+        files[node] = private_bytes(pair, serialization.PrivateFormat.OpenSSH)
+        files[f"{node}.pub"] = public + b"\n"
+    for name in files:
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder / name} exists: choose another folder, or move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_new(folder / name, content, 0o644 if name.endswith((".pem", ".pub")) else 0o600)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--host", action="append", required=True)
-    parser.add_argument("--node", action="append", default=[])
+    parser.add_argument("--host", action="append", default=[], help="name or address of the SuperLink")
+    parser.add_argument("--node", action="append", default=[], help="name of a node's key pair")
     options = parser.parse_args()
-    make(options.folder, options.host, options.node)
+    if not options.host and not options.node:
+        parser.error("name at least one --host or --node")
+    try:
+        make(options.folder, options.host, options.node)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"written to {options.folder}: {', '.join(sorted(file.name for file in options.folder.iterdir()))}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,18 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 import client
 import launchers
 import resident
 from config import SettingsError
 from deployment import certificates
+from tests.conftest import children
 from utils import SUITE_FOLDER, read_json_lines
 
 BIN = Path(sys.executable).parent
-QUICKSTART = ["experiment=quickstart", "num_rounds=5"]
+QUICKSTART = ["experiment=quickstart", "num_rounds=4", "train.training_arguments.max_steps=40"]
 RUN = ["experiment=quickstart", "num_rounds=3", "train.training_arguments.max_steps=2"]
-POLLING_S = 6.0  # Flower's: the SuperNode asks for messages, and the server for replies, every 3 seconds
+POLLING_S = 6.0  # Flower's: the SuperNode asks for messages, and the server for replies
 
 
 # --- what a node accepts, and what the launchers refuse -------------------------------------------
@@ -36,7 +38,7 @@ def test_node_uses_its_own_rows_and_ignores_the_servers_data(tmp_path):
     config, own_rows = resident.node_settings("experiment=quickstart", PRIVATE | {"dataset": str(own)})
     assert (config.dataset.name, own_rows) == (str(own), True)
     config, own_rows = resident.node_settings("experiment=quickstart", PRIVATE)
-    assert (config.dataset.name, own_rows) == ("quickstart/data/train.jsonl", False)
+    assert (config.dataset.name, own_rows) == (str(SUITE_FOLDER / "quickstart/data/train.jsonl"), False)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,14 @@ def test_node_uses_its_own_rows_and_ignores_the_servers_data(tmp_path):
         "dataset.name=/etc/passwd",
         "dataset.name=../../../../../../etc/passwd",
         "dataset.name=/etc",
+        "dataset.name='\"/etc/passwd\"'",
+        "dataset.name=.",
+        "dataset.name=\"''\"",
+        "dataset.name=json",
+        "dataset.name=docs",
+        "dataset.name=tests/conftest.py",
+        "dataset.name=quickstart/data",
+        "model.name=.",
         "model.name=/etc",
         "dataset.template=/etc/passwd",
         "dataset.template=../../etc/passwd",
@@ -75,16 +85,25 @@ def launch(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False, **options)
 
 
-@pytest.mark.parametrize("launcher", [["flower-client-app", "app:client1"], ["flower-server-app", "app:server"]])
-def test_absent_superlink_gets_one_clear_line_within_15_seconds(launcher):
+def test_absent_superlink_gets_one_clear_line_within_15_seconds():
     start, port = time.monotonic(), launchers.free_port()
-    done = launch(str(BIN / launcher[0]), launcher[1], "--insecure", f"--superlink=127.0.0.1:{port}")
+    done = launch(str(BIN / "flower-server-app"), "app:server", "--insecure", f"--superlink=127.0.0.1:{port}")
     assert time.monotonic() - start < 15
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if not line.startswith("warning: --insecure")]
     assert len(errors) == 1
     assert f"--superlink=127.0.0.1:{port}: no SuperLink answers" in errors[0]
     assert done.stderr.startswith("warning: --insecure")
+
+
+def test_node_without_a_superlink_gets_one_clear_line(monkeypatch, capsys):
+    monkeypatch.setattr(launchers, "REACH_S", 0.2)
+    monkeypatch.setattr(launchers.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(
+        sys, "argv", ["flower-client-app", "app:client1", f"--superlink=127.0.0.1:{launchers.free_port()}"]
+    )
+    assert launchers.client_command() == 2
+    assert "no SuperLink answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -94,6 +113,14 @@ def test_absent_superlink_gets_one_clear_line_within_15_seconds(launcher):
         (["flower-client-app", "app:client"], "needs --partition-id"),
         (["flower-client-app", "app:client1", "--dataset=/no/such"], "--dataset=/no/such: no such file"),
         (["flower-client-app", "app:client1", "--root-certificates=/no/such"], "no such file"),
+        (["flower-client-app", "app:client1", "--dataset=" + "x" * 300], "no such file"),
+        (["flower-client-app", "app:client1", "--partition-id=3"], "app:client1 has its own; use app:client"),
+        (["flower-client-app", "app:client1", "--node-config", "a=1"], "--node-config: decided by this launcher"),
+        (["flower-server-app", "app:server", "num_rouns=2"], "num_rouns: there is no such setting; did you mean"),
+        (["flower-server-app", "app:server", "num_rounds=abc"], "num_rounds=abc: use a whole number"),
+        (["flower-server-app", "app:server", "--superlink=127.0.0.1:²"], "use HOST:PORT"),
+        (["flower-server-app", "app:server", "--superlink=127.0.0.1:99999"], "use HOST:PORT"),
+        (["flower-server-app", "app:server", "--superlink=a..b:8100"], "no SuperLink answers"),
         (["flower-server-app", "app:client1"], "use app:server"),
         (["flower-server-app", "app:server", "num_rounds"], "num_rounds: is not KEY=VALUE"),
         (["flower-server-app", "app:server", "--superlink=nowhere"], "use HOST:PORT"),
@@ -127,13 +154,30 @@ def test_worker_answers_only_who_knows_the_key(tmp_path):
         assert worker.wait(10) == 0
 
 
-def test_certificates_are_made_once_and_keys_are_private(tmp_path):
-    certificates.make(tmp_path, ["127.0.0.1", "localhost"], ["node"])
+def test_certificates_are_made_once_whole_or_not_at_all_and_keys_are_private(tmp_path):
+    certificates.make(tmp_path, ["federation.example.org"], ["node"])
+    made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert (tmp_path / "server.key").stat().st_mode & 0o077 == 0
     assert (tmp_path / "node").stat().st_mode & 0o077 == 0
-    assert (tmp_path / "node.pub").read_text().startswith("ecdsa-sha2-nistp384 ")
-    with pytest.raises(FileExistsError):
-        certificates.make(tmp_path, ["127.0.0.1"], ["node"])
+    assert made["node.pub"].startswith(b"ecdsa-sha2-nistp384 ")
+    names = x509.load_pem_x509_certificate(made["server.pem"]).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    assert names.value.get_values_for_type(x509.DNSName) == ["federation.example.org", "localhost"]
+    assert [str(address) for address in names.value.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+    for hosts, nodes in ((["federation.example.org"], ["other"]), ([], ["other", "node"])):
+        with pytest.raises(FileExistsError, match="exists: choose another folder"):
+            certificates.make(tmp_path, hosts, nodes)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == made
+    certificates.make(tmp_path, [], ["other"])
+    assert (tmp_path / "other.pub").exists()
+
+
+@pytest.mark.parametrize("text", ["a b", "it's", 'say "hi"', "back\\slash", "ü😀", "a,b=[1,2]"])
+def test_any_text_reaches_the_run_config_and_the_node_config_as_it_is(text):
+    from flwr.cli.config_utils import parse_config_args
+
+    assert parse_config_args([f"overrides={launchers.toml_text(text)}"])["overrides"] == text
 
 
 # --- the engine, for real -------------------------------------------------------------------------
@@ -155,7 +199,7 @@ class Engine:
         self.processes: dict[str, subprocess.Popen] = {}
         keys = folder / "keys"
         if tls:
-            certificates.make(keys, ["127.0.0.1"], ["first", "second", "third"])
+            certificates.make(keys, ["localhost"], ["first", "second", "third"])
         self.security = ["--root-certificates", str(keys / "ca.pem")] if tls else ["--insecure"]
         connection = [f'[superlink.trial]\naddress = "127.0.0.1:{self.port}"']
         connection.append(f'root-certificates = "{keys / "ca.pem"}"' if tls else "insecure = true")
@@ -246,7 +290,7 @@ def test_four_commands_give_the_adapter_of_the_simulation_bit_for_bit(tmp_path):
         results = json.loads((deployed.results() / "results.json").read_text())
         metrics = read_json_lines(deployed.results() / "metrics.jsonl")
         files = {file.name for file in deployed.results().iterdir()}
-    assert {"peft_5", "metrics.jsonl", "results.json", "train_loss.png", "main.log", ".hydra"} <= files
+    assert {"peft_4", "metrics.jsonl", "results.json", "train_loss.png", "main.log", ".hydra"} <= files
     assert (results["model_loads"], results["processes"], results["tokenizations"]) == (2, 2, 2)
     simulated = simulate(tmp_path / "simulated")
     assert results["adapter_sha256"] == simulated["adapter_sha256"]
@@ -309,9 +353,8 @@ def test_faults_of_nodes_and_workers_and_a_late_node(tmp_path):
         for line in flwr.stdout:
             seen.append(line)
             if line.startswith("round 2/6"):
-                workers = children(first.pid, "resident.py")
-                assert len(workers) == 1
-                os.kill(workers[0], signal.SIGKILL)
+                [worker] = children(first.pid, "resident.py")
+                os.kill(worker, signal.SIGKILL)
             if line.startswith("round 4/6") and not killed:
                 killed = True
                 deployed.kill("second")
@@ -331,21 +374,6 @@ def test_faults_of_nodes_and_workers_and_a_late_node(tmp_path):
         assert lines[3]["clients"] == [0, 1]  # the new worker answers by then
         assert lines[-1]["clients"] == [0]
         assert "another" in deployed.log("first")
-
-
-def children(pid: int, name: str) -> list[int]:
-    """Ids of the processes below `pid` whose command line holds `name`."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                command = (entry / "cmdline").read_bytes().decode()
-            except (OSError, IndexError):
-                continue
-            if parent == pid and name in command:
-                found.append(int(entry.name))
-    return found
 
 
 @pytest.mark.slow

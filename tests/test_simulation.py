@@ -1,4 +1,4 @@
-"""The Ray-backed engine, for real: one short federation from the command line, and its failures."""
+"""One short federation from the command line, with real worker processes, and its failures."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.conftest import call_main
 from utils import read_json_lines
 
 SUITE = Path(__file__).parent.parent
@@ -36,11 +37,13 @@ def test_simulation_loads_once_a_worker_tokenizes_once_a_partition_and_wastes_no
     assert "flwr" in (tmp_path / "main.log").read_text()
 
 
-def test_clients_that_all_fail_end_the_run_with_their_traceback_and_exit_code_1(tmp_path):
+def test_clients_that_all_fail_end_the_run_with_their_traceback_and_exit_code_1(tmp_path, capsys):
     data = tmp_path / "empty.jsonl"
     data.write_text('{"instruction": "x", "input": "", "output": ""}\n' * 10)
-    done = run_main(tmp_path / "run", f"dataset.name={data}")
-    assert done.returncode == 1
-    assert "none of its 2 rows has a response to train on" in done.stderr
-    assert "not one valid reply" in done.stderr
-    assert not (tmp_path / "run" / "results.json").exists()
+    folder = tmp_path / "run"
+    assert call_main("experiment=quickstart", *SHORT, f"hydra.run.dir={folder}", f"dataset.name={data}") == 1
+    said = capsys.readouterr().err
+    assert "none of its 2 rows has a response to train on" in said
+    assert "not one valid reply" in said
+    assert not (folder / "results.json").exists()
+    assert "none of its 2 rows" in (folder / "error.txt").read_text()

@@ -1,7 +1,6 @@
 """The server: who is sampled, what is averaged, what is dropped, what a run leaves behind."""
 
 import json
-import threading
 
 import numpy as np
 import pytest
@@ -279,13 +278,3 @@ def test_rows_without_a_response_are_reported_once_for_each_client(tmp_path):
     left_out = [int(warning.split()[2]) for warning in federation.progress.warnings]
     assert sum(left_out) == 20
     assert sum(record["without_response"] for record in federation.progress.rounds) == 2 * 20
-
-
-def test_engine_that_stops_ends_the_server(tmp_path):
-    config = small()
-    federation = make_federation(config, tmp_path)
-    federation.stop = threading.Event()
-    federation.stop.set()
-    grid = LocalGrid(client_app(Site(config)), 2)  # fewer clients than wanted: the server waits
-    with pytest.raises(RunError, match="the engine stopped"):
-        federation.run(grid)
