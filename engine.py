@@ -241,6 +241,8 @@ class LocalWorker:
     def start(self) -> None:
         """Start the process, unless this worker was stopped; it loads the base model at once."""
         context: Any = multiprocessing.get_context("spawn" if self.gpus else "forkserver")
+        if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
+            multiprocessing.set_start_method("spawn", force=True)  # joblib's own, which the child would not know
         with self.lock:
             if self.stopped:
                 return
