@@ -40,7 +40,7 @@ def play(grid: Grid, overrides: list[str], folder: Path) -> None:
     log_to_file(folder / "main.log")
     from omegaconf import OmegaConf
 
-    from config import compose
+    from compose import compose
     from dataset import read_template
     from model import read_tokenizer
     from progress import RunProgress, summary_line

@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,13 +22,11 @@ import torch
 from datasets import Dataset
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer
 
 import model as adapters
-from config import RunConfig, check_keywords
+import transfer
+from config import RunConfig
 from dataset import (
-    IGNORED,
     Partition,
     fresh_rows,
     load_partition,
@@ -42,49 +39,10 @@ from dataset import (
 )
 from model import Adapter
 from resident import replied
-from utils import log_to_file, peak_resident_bytes, seed_of
+from training import Task, by_length, loss_on, make_trainer, padded_tokens, peak_memory_bytes, train_on
+from utils import log_to_file, seed_of
 
 _resident: dict[str, "Worker"] = {}  # by settings, at most one: what outlives a message in this process
-
-MANAGED_ARGUMENTS = {
-    "learning_rate": "set train.learning_rate_max and train.learning_rate_min",
-    "max_length": "set train.seq_length",
-    "seed": "set seed",
-    "data_seed": "set seed",
-    "output_dir": "set hydra.run.dir",
-    "report_to": "metrics are in metrics.jsonl",
-    "packing": "rows are sorted by length instead",
-    "padding_free": "rows are sorted by length instead",
-    "eval_strategy": "set strategy.fraction_evaluate",
-    "save_strategy": "set train.save_every_round",
-    "train_sampling_strategy": "every round sees fresh rows",
-    "remove_unused_columns": "rows come tokenized",
-    "chat_template_path": "set dataset.template",
-    "resume_from_checkpoint": "runs are not resumed by the trainer",
-    "deepspeed": "a worker trains on one device",
-    "fsdp": "a worker trains on one device",
-    "fsdp_config": "a worker trains on one device",
-    "accelerator_config": "a worker trains on one device",
-    "model_init_kwargs": "set model.*",
-    "dataset_kwargs": "rows come tokenized",
-    "push_to_hub": "upload a checkpoint yourself: hf upload",
-    "hub_model_id": "upload a checkpoint yourself: hf upload",
-    "hub_token": "upload a checkpoint yourself: hf upload",
-    "num_train_epochs": "set train.training_arguments.max_steps and num_rounds",
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the server asks of a client for one round."""
-
-    round_number: int
-    learning_rate: float
-    first_row: int = 0
-    """Rows that this client has trained on before: it goes on behind them."""
-    proximal_mu: float = 0.0
-    """FedProx: strength of the pull towards the received adapter."""
-
 
 # --- the work, without Flower ---------------------------------------------------------------------
 
@@ -116,7 +74,7 @@ class Worker:
         return load_rows(self.config.dataset) if self.own_rows else self.partitioner.load_partition(partition_id)
 
     @functools.cached_property
-    def trainer(self) -> SFTTrainer:
+    def trainer(self) -> Any:
         """The one trainer of this process, around the resident base model and its adapter."""
         self.counts["model_loads"] += 1
         base = adapters.load_base(self.config.model)
@@ -130,6 +88,14 @@ class Worker:
     @property
     def model(self) -> Any:
         return self.trainer.model
+
+    @functools.cached_property
+    def initial(self) -> Adapter:
+        """The adapter before the first round, as the server makes it; DoRA's magnitudes are the base model's."""
+        lora = adapters.lora_config(self.config.model)
+        inside = adapters.get_adapter(self.model)
+        shapes = {name: value.shape for name, value in inside.items()}
+        return dict(sorted((inside | adapters.initial_adapter(shapes, lora, self.config.seed)).items()))
 
     def partition(self, partition_id: int) -> Partition:
         """The tokenized rows of a client: from memory, from another worker's file, or made now.
@@ -193,127 +159,13 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
         "num-examples": len(rows),
         "rows": len(chosen),
         "tokens": sum(len(row["input_ids"]) for row in batches),
+        "padded_tokens": padded_tokens(batches, trainer.args.per_device_train_batch_size),
         "without_response": partition.counts["without_response"],
         "cut": partition.counts["cut"],
         "peak_memory_bytes": peak_memory_bytes(),
         **worker.take_counts(),
         **clock.seconds,
     }
-
-
-def train_on(trainer: SFTTrainer, rows: list[dict[str, list[int]]], task: Task, seed: int) -> float:
-    """Take the trainer's `max_steps` steps over `rows` in their order; returns the mean loss of the steps.
-
-    Optimizer, schedule and randomness start anew, so that nothing leaks from one client to the next.
-    """
-    model: Any = trainer.model
-    trainer.train_dataset = rows
-    trainer.args.learning_rate = task.learning_rate
-    trainer.optimizer = trainer.lr_scheduler = None
-    pull = task.proximal_mu / trainer.args.gradient_accumulation_steps
-    with torch.random.fork_rng(), proximal_pull(model, pull):
-        torch.manual_seed(seed)
-        model.train()
-        loss = float(trainer.train().training_loss)
-    trainer.optimizer = trainer.lr_scheduler = None
-    return loss
-
-
-@contextmanager
-def proximal_pull(model: Any, mu: float) -> Iterator[None]:
-    """FedProx (arXiv:1812.06127, equation 2): every backward pass adds the gradient of mu/2 * ||w - w_round||^2."""
-    hooks = []
-    for weight in model.parameters() if mu else ():
-        if weight.requires_grad:
-            pull = functools.partial(pulled, weight=weight, start=weight.detach().clone(), strength=mu)
-            hooks.append(weight.register_hook(pull))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def pulled(grad: torch.Tensor, *, weight: torch.Tensor, start: torch.Tensor, strength: float) -> torch.Tensor:
-    return grad + strength * (weight.detach() - start)
-
-
-def by_length(rows: list[dict[str, list[int]]], batch_size: int) -> list[dict[str, list[int]]]:
-    """`rows` with each batch of `batch_size` sorted longest first, so that micro-batches need little padding."""
-    ordered = []
-    for start in range(0, len(rows), batch_size):
-        ordered += sorted(rows[start : start + batch_size], key=lambda row: -len(row["input_ids"]))
-    return ordered
-
-
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Rows of T_i tokens as (rows, max T) tensors, padded on the right, where a causal model never looks.
-
-    There is no attention mask: it would change nothing but the speed. Padding carries no loss.
-    """
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, filler: int) -> torch.Tensor:
-        return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows])
-
-    return {
-        "input_ids": padded("input_ids", 0),
-        "labels": padded("labels", IGNORED),
-        "position_ids": torch.arange(longest)[None],
-    }
-
-
-def make_trainer(model: Any, tokenizer: Any, config: RunConfig) -> SFTTrainer:
-    """An SFTTrainer whose optimizer step is `batch_size` rows in passes of `micro_batch_size`.
-
-    The loss of a step is normalised by all its response tokens, so the passes add up to the gradient of
-    the whole batch. Rows come tokenized and ordered.
-    """
-    with tempfile.TemporaryDirectory() as unused:
-        trainer = SFTTrainer(
-            model=model,
-            args=training_arguments(config, str(unused)),
-            data_collator=collate,
-            processing_class=tokenizer,
-            train_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),
-        )
-    for weight in model.parameters():
-        if weight.requires_grad:  # trl makes a quantized model's adapter bfloat16, where small steps are lost
-            weight.data = weight.data.float()
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
-    """`train.training_arguments` with what this suite decides. Raises SettingsError for fields that do not exist."""
-    given = dict(config.train.training_arguments)
-    check_keywords("train.training_arguments", given, SFTConfig, MANAGED_ARGUMENTS)
-    cuda = adapters.default_device() == "cuda"
-    micro = min(config.train.micro_batch_size, config.batch_size)
-    if given.get("gradient_checkpointing") and config.model.quantization == "8":
-        given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": True})
-    given |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": config.batch_size // micro}
-    defaults: dict[str, Any] = {
-        "lr_scheduler_type": "constant",
-        "bf16": cuda,
-        "dataloader_pin_memory": cuda,
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-    }
-    return SFTConfig(
-        **(defaults | given),
-        output_dir=output_folder,
-        learning_rate=config.train.learning_rate_max,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        report_to="none",
-        save_strategy="no",
-        eval_strategy="no",
-        use_cpu=not cuda,
-        seed=config.seed,
-    )
 
 
 def evaluate_adapter(worker: Worker, adapter: Adapter, partition_id: int) -> dict[str, Any]:
@@ -329,25 +181,6 @@ def evaluate_adapter(worker: Worker, adapter: Adapter, partition_id: int) -> dic
     return {"eval_loss": loss, "eval_token_accuracy": accuracy, "num-examples": tokens}
 
 
-@torch.no_grad()
-def loss_on(model: Any, rows: list[dict[str, list[int]]], micro_batch_size: int) -> tuple[float, float, int]:
-    """Mean loss and accuracy over all labelled tokens of `rows`, and their number. Leaves `model` in its mode."""
-    training = model.training
-    model.eval()
-    total, right, tokens = 0.0, 0, 0
-    ordered = by_length(rows, len(rows))
-    for start in range(0, len(ordered), micro_batch_size):
-        batch = collate(ordered[start : start + micro_batch_size])
-        device = next(model.parameters()).device
-        logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits[:, :-1].float()
-        labels = batch["labels"][:, 1:].to(device)
-        total += torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum").item()
-        right += int((logits.argmax(-1) == labels).sum())
-        tokens += int((labels != IGNORED).sum())
-    model.train(training)
-    return total / tokens, right / tokens, tokens
-
-
 class Clock:
     """Seconds by part of a client's round."""
 
@@ -359,11 +192,6 @@ class Clock:
         start = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - start
-
-
-def peak_memory_bytes() -> int:
-    """Most memory that this process ever held: on the GPU where there is one, else in main memory."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
 
 
 # --- Flower ---------------------------------------------------------------------------------------
@@ -428,12 +256,16 @@ def train(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
         first_row=int(config["first-row"]),
         proximal_mu=float(config.get("proximal-mu", 0.0)),
     )
-    adapter, report = fine_tune(resident_worker(site), received_adapter(content), partition_id, task)
-    return RecordDict({"arrays": to_record(adapter), "metrics": MetricRecord(report), "worker": worker_record()})
+    worker, form = resident_worker(site), site.config.transfer
+    received = received_adapter(worker, content)
+    adapter, report = fine_tune(worker, received, partition_id, task)
+    arrays = to_record(transfer.encode(adapter, received, form))
+    return RecordDict({"arrays": arrays, "metrics": MetricRecord(report), "worker": worker_record()})
 
 
 def evaluate(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
-    report = evaluate_adapter(resident_worker(site), received_adapter(content), partition_id)
+    worker = resident_worker(site)
+    report = evaluate_adapter(worker, received_adapter(worker, content), partition_id)
     return RecordDict({"metrics": MetricRecord(report), "worker": worker_record()})
 
 
@@ -462,11 +294,13 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
 
 
-def to_record(adapter: Mapping[str, np.ndarray]) -> ArrayRecord:
-    """An adapter as a Flower record, sorted by name: some strategies align arrays by position."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(adapter[name])) for name in sorted(adapter)})
+def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Arrays as a Flower record, sorted by name: some strategies align them by position."""
+    return ArrayRecord({name: Array(arrays[name]) for name in sorted(arrays)})
 
 
-def received_adapter(content: RecordDict) -> Adapter:
+def received_adapter(worker: Worker, content: RecordDict) -> Adapter:
     record: Any = content["arrays"]
-    return {name: array.numpy() for name, array in record.items()}
+    arrays = {name: array.numpy() for name, array in record.items()}
+    form = worker.config.transfer
+    return transfer.decode(arrays, {} if form == "fp32" else worker.initial, form)

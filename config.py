@@ -1,27 +1,21 @@
 """Typed settings: what `conf/` may say, and one clear line for whatever it may not.
 
-Every default is written in `conf/`; this schema holds types, meanings and ranges. `compose` turns
-Hydra overrides into a checked `RunConfig`. It imports no model library, so it is quick.
+Every default is written in `conf/`; this schema holds types, meanings and ranges. compose.py makes a
+`RunConfig` of Hydra's overrides. Imports nothing but Python's own library.
 """
 
 import difflib
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-
 CONFIG_FOLDER = Path(__file__).resolve().parent / "conf"
 PASSED_ON = ("model.lora", "dataset.partitioner", "train.training_arguments", "strategy")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
-ALIASES = {"fraction_fit.fraction_fit": "strategy.fraction_fit"}
+TRANSFERS = ("fp32", "fp16", "int8")
+MISSING = "???"  # OmegaConf's word for a value that conf/ has to give
 
 
 class SettingsError(ValueError):
@@ -40,7 +34,13 @@ def choice(*allowed: str) -> Any:
 
 def passed_on() -> Any:
     """Keyword arguments of a library's class: any key may be set; `check_keywords` knows which exist."""
-    return field(default_factory=lambda: OmegaConf.create({}, flags={"struct": False}))
+
+    def made() -> Any:
+        from omegaconf import OmegaConf
+
+        return OmegaConf.create({}, flags={"struct": False})
+
+    return field(default_factory=made)
 
 
 @dataclass(kw_only=True)
@@ -51,6 +51,8 @@ class ModelConfig:
     """Bits of the frozen weights. The adapter is always float32."""
     trust_remote_code: bool = MISSING
     """Run Python code that the model's repository brings along."""
+    cache_folder: str | None = MISSING
+    """Keep the quantized base model here, so that it loads many times faster the next time."""
     lora: dict[str, Any] = passed_on()
     """Fields of `peft.LoraConfig`."""
 
@@ -123,6 +125,8 @@ class RunConfig:
     num_clients: int = ranged(1)
     num_rounds: int = ranged(1)
     seed: int = ranged(0, 2**31 - 1)
+    transfer: str = choice(*TRANSFERS)
+    """How adapters travel: whole in float32, or as differences in float16 or 8-bit integers."""
     dry_run: bool = MISSING
     tracker: str | None = field(default=MISSING, metadata={"allowed": (None, *TRACKERS)})
     """Where the numbers of each round go besides metrics.jsonl, through accelerate's trackers."""
@@ -146,90 +150,9 @@ class RunConfig:
         return share_of(self.num_clients, self.sampling.fraction_fit)
 
 
-ConfigStore.instance().store(name="schema", node=RunConfig)
-
-
 def share_of(count: int, fraction: float) -> int:
     """Flower's rounding, int(count * fraction), but safe against 0.29 * 100 = 28.999..."""
     return int(count * fraction + 1e-9)
-
-
-def canonical(overrides: Sequence[str]) -> list[str]:
-    """Overrides with documented other spellings of a key replaced by the key."""
-    pattern = re.compile(r"^\+{0,2}(" + "|".join(map(re.escape, ALIASES)) + ")=")
-    return [pattern.sub(lambda found: ALIASES[found[1]] + "=", override) for override in overrides]
-
-
-def resumed(arguments: Sequence[str]) -> list[str]:
-    """The command line that `resume_sweep=FOLDER` stands for: the sweep's own, in its own folder.
-
-    Raises:
-        SettingsError: if there is no sweep in the folder, or it had other settings than those given beside.
-    """
-    mark = "resume_sweep="
-    folders = [argument[len(mark) :] for argument in arguments if argument.startswith(mark)]
-    if not folders:
-        return list(arguments)
-    noted = Path(folders[-1]) / "multirun.yaml"
-    if not noted.is_file():
-        raise SettingsError(f"{mark}{folders[-1]}: not the folder of a sweep (it has no multirun.yaml)")
-    overrides = OmegaConf.load(noted).hydra.overrides
-    own = [item for item in overrides.task if not item.startswith(mark)]
-    given = [item for item in arguments if "=" in item and not item.startswith((mark, "hydra", "-"))]
-    if given and given != own:
-        raise SettingsError(f"{mark}{folders[-1]}: was started with {' '.join(own)}; repeat these, or give none")
-    engine = [item for item in overrides.hydra if not item.startswith(("hydra.sweep.dir=", "hydra.mode="))]
-    return ["--multirun", *own, *engine, f"{mark}{folders[-1]}", f"hydra.sweep.dir={folders[-1]}"]
-
-
-def compose(overrides: Sequence[str] = (), name: str = "config") -> RunConfig:
-    """The checked settings that the command line `python main.py OVERRIDES` stands for.
-
-    Args:
-        name: the file of conf/ to start from: `config`, or `deployment` for a SuperLink.
-
-    Raises:
-        SettingsError: with one line, for unknown keys, wrong types and values out of range.
-    """
-    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        try:
-            return checked(hydra.compose(name, overrides=canonical(overrides)))
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            if isinstance(error, SettingsError):
-                raise
-            raise SettingsError(one_line(error)) from error
-
-
-def checked(cfg: DictConfig) -> RunConfig:
-    """`cfg` as a `RunConfig` whose values are all in range."""
-    check_known(cfg)
-    config: RunConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-    try:
-        own = {f.name: config.strategy[f.name] for f in fields(SamplingConfig)}
-        typed = OmegaConf.merge(OmegaConf.structured(SamplingConfig), own)
-    except OmegaConfBaseException as error:
-        raise SettingsError("strategy." + one_line(error)) from error
-    config.strategy |= OmegaConf.to_container(typed)  # type: ignore[arg-type]
-    check_ranges(config)
-    check_ranges(config.sampling, "strategy.")
-    check_together(config)
-    return config
-
-
-def check_known(cfg: DictConfig) -> None:
-    """Raise SettingsError for keys that `+KEY=VALUE` added beside the schema, and for sections set to null."""
-    names = setting_names()
-    sections = {name.rpartition(".")[0] for name in names} | {"strategy"} | set(PASSED_ON)
-    for section in sorted(sections):
-        part = OmegaConf.select(cfg, section) if section else cfg
-        if not isinstance(part, DictConfig):
-            raise SettingsError(
-                f"{section}={part}: holds several settings; set them one by one, as {section}.KEY=VALUE"
-            )
-        for key in part if section not in PASSED_ON else ():
-            name = ".".join(filter(None, (section, str(key))))
-            if name not in names:
-                raise SettingsError(f"{name}: there is no such setting{suggest(name, names)}")
 
 
 def check_ranges(settings: Any, prefix: str = "") -> None:
@@ -328,29 +251,3 @@ def setting_names(schema: type = RunConfig, prefix: str = "") -> list[str]:
             names += setting_names(entry.type, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
         names.append(prefix + entry.name)
     return names + [f"strategy.{f.name}" for f in fields(SamplingConfig) if schema is RunConfig]
-
-
-REWORDED = {  # what Hydra and OmegaConf say -> what helps
-    r"Value '(.*)' of type .* could not be converted to Integer": r"{key}=\1: use a whole number",
-    r"Value '(.*)' of type .* could not be converted to Float": r"{key}=\1: use a number",
-    r"Value '(.*)' is not a valid bool.*": r"{key}=\1: use true or false",
-    r".*is not Optional.*": r"{key}=null: needs a value",
-    r".*Could not find '(.*)/(.*?)' Available options in '.*?': (.*?) Config search path.*": r"\1=\2: use one of: \3",
-    r"Error parsing override '(.*?)' (.*?) See http.*": r"\1: is not KEY=VALUE (\2)",
-    r"Config group override must be a string.*": r"a group of settings can not be null: name one of its files",
-    r"(no viable alternative at input '.*') See http.*": r"the command line can not be parsed: \1",
-}
-
-
-def one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages as one line: key and value first, then what is allowed."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    key = getattr(cause, "full_key", None)
-    text = " ".join(str(getattr(cause, "msg", None) or cause).split())
-    text = re.sub(r" (full_key|object_type|reference_type)[:=] ?\S*", "", text)
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return f"{key}: there is no such setting{suggest(str(key), setting_names())}"
-    for pattern, words in REWORDED.items():
-        if found := re.fullmatch(pattern, text):
-            return re.sub(r" _\w+", "", found.expand(words).replace("{key}", str(key)))
-    return text if key is None or text.startswith(str(key)) else f"{key}: {text}"

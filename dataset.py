@@ -12,18 +12,19 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value, disable_progress_bars, load_dataset, load_dataset_builder
-from flwr_datasets.partitioner import Partitioner
-from hydra.utils import get_class
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from config import CONFIG_FOLDER, DatasetConfig, SettingsError, check_keywords
 from utils import generator, local_path, shipped_path
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 COLUMNS = ("instruction", "input", "output")
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -122,7 +123,7 @@ def with_text_columns(rows: Dataset, name: str) -> Dataset:
     return rows
 
 
-def partition_rows(rows: Dataset, cfg: DatasetConfig, num_partitions: int, seed: int) -> Partitioner:
+def partition_rows(rows: Dataset, cfg: DatasetConfig, num_partitions: int, seed: int) -> "Partitioner":
     """A Flower Datasets partitioner over `rows`, with `num_partitions` and `seed` where it takes them.
 
     Raises:
@@ -150,10 +151,13 @@ def partition_rows(rows: Dataset, cfg: DatasetConfig, num_partitions: int, seed:
     return partitioner
 
 
-def partitioner_class(cfg: DatasetConfig) -> type[Partitioner]:
+def partitioner_class(cfg: DatasetConfig) -> "type[Partitioner]":
+    from flwr_datasets.partitioner import Partitioner  # its plots take seconds to import
+    from hydra.utils import get_class
+
     target = cfg.partitioner["_target_"]
     try:
-        chosen = get_class(target)
+        chosen: type[Partitioner] = get_class(target)
     except Exception as error:
         raise SettingsError(f"dataset.partitioner._target_={target}: there is no such class") from error
     if not issubclass(chosen, Partitioner):

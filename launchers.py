@@ -25,7 +25,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))  # the console scripts know this file alone
 
-from config import SettingsError, compose  # noqa: E402
+from compose import compose  # noqa: E402
+from config import SettingsError  # noqa: E402
 
 SUITE_FOLDER = Path(__file__).resolve().parent
 SUPERLINK = "127.0.0.1:8000"

@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import compare
 import engine
-from config import CONFIG_FOLDER, SettingsError, canonical, checked, one_line, resumed
+from compose import canonical, checked, one_line, resumed
+from config import CONFIG_FOLDER, SettingsError
 
 exit_codes: list[int] = []  # of the jobs of this command line
 

@@ -5,15 +5,22 @@ arrays, sorted by name. It exists on its own: the server makes, checks and saves
 alone, and only clients load a base model.
 """
 
+import contextlib
 import copy
+import hashlib
 import json
+import logging
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import numpy as np
 import torch
+import transformers
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -22,9 +29,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from config import ModelConfig, SettingsError, check_keywords
-from utils import local_path
+from utils import file_sha256, local_path, write_json
+
+log = logging.getLogger(__name__)
 
 Adapter = dict[str, np.ndarray]
+DIGESTS_FILE = "sha256.json"
 
 ADAPTER_FILE, ADAPTER_CONFIG_FILE, TEMPLATE_FILE = (
     "adapter_model.safetensors",
@@ -141,6 +151,16 @@ def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
     Args:
         device: `cuda` or `cpu`; by default CUDA where there is one.
     """
+    base = load_cached(cfg, device) if cfg.cache_folder and cfg.quantization != "none" else load_fresh(cfg, device)
+    for module in base.modules():
+        # On a CPU with AVX512-BF16 an evaluation would repack 4-bit weights in place; the gradients of all
+        # later training steps would then be wrong, without a word, and widths off a multiple of 64 crash.
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return base.requires_grad_(False)
+
+
+def load_fresh(cfg: ModelConfig, device: str | None) -> Any:
     quantization = {
         "4": BitsAndBytesConfig(
             load_in_4bit=True,
@@ -151,19 +171,61 @@ def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
         "8": BitsAndBytesConfig(load_in_8bit=True),
         "none": None,
     }[cfg.quantization]
-    base = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         source_of(cfg.name),
         dtype=torch.bfloat16,
         quantization_config=quantization,
         device_map={"": device or default_device()},
         trust_remote_code=cfg.trust_remote_code,
     )
-    for module in base.modules():
-        # On a CPU with AVX512-BF16 an evaluation would repack 4-bit weights in place; the gradients of all
-        # later training steps would then be wrong, without a word, and widths off a multiple of 64 crash.
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    return base.requires_grad_(False)
+
+
+def load_cached(cfg: ModelConfig, device: str | None) -> Any:
+    """The quantized base model from `model.cache_folder`; quantized now and put there, if it is not there whole.
+
+    The entry's name is made of everything that decides its content; each of its files has to have the SHA-256 that
+    was noted when it was written. Processes may do this at the same time: the first whole entry stays.
+    """
+    entry = Path(str(cfg.cache_folder)).expanduser() / cache_key(cfg)
+    if entry.is_dir() and not torn_files(entry):
+        return AutoModelForCausalLM.from_pretrained(
+            entry, dtype=torch.bfloat16, device_map={"": device or default_device()}
+        )
+    base = load_fresh(cfg, device)
+    beside = entry.with_name(f"{entry.name}.{os.getpid()}.tmp")
+    try:
+        base.save_pretrained(beside)
+        write_json(beside / DIGESTS_FILE, {file.name: file_sha256(file) for file in sorted(beside.iterdir())})
+        if entry.is_dir() and torn_files(entry):
+            log.warning("%s: %s changed since it was written; made anew", entry, ", ".join(torn_files(entry)))
+            shutil.rmtree(entry)
+        with contextlib.suppress(OSError):  # another process was first
+            beside.rename(entry)
+    except OSError as error:
+        raise SettingsError(f"model.cache_folder={cfg.cache_folder}: can not be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return base
+
+
+def torn_files(entry: Path) -> list[str]:
+    """Files of a cache entry that are not what was written, or missing."""
+    try:
+        digests = json.loads((entry / DIGESTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return [DIGESTS_FILE]
+    return [name for name, digest in digests.items() if file_sha256(entry / name) != digest]
+
+
+def cache_key(cfg: ModelConfig) -> str:
+    """A name for a quantized model: which weights, how quantized, by which library."""
+    folder = local_path(cfg.name)
+    if folder:  # its weights can change in place
+        weights = sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in folder.iterdir())
+    else:
+        weights = [getattr(read_config(cfg), "_commit_hash", None)]
+    facts = [source_of(cfg.name), weights, cfg.quantization, bitsandbytes.__version__, transformers.__version__]
+    return f"{Path(cfg.name).name}-{cfg.quantization}bit-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
 
 def default_device() -> str:

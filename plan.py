@@ -12,11 +12,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedConfig
 
 import model as adapters
-from client import training_arguments
 from config import RunConfig, SettingsError
 from dataset import find_template, load_rows, partition_rows, partitioner_class, read_template, tokenize_rows
 from engine import check_machine
 from strategy import make_strategy
+from training import training_arguments
 from utils import bytes_text, local_path
 
 UNKNOWN = "unknown without the network"

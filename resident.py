@@ -91,7 +91,8 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
     Raises:
         SettingsError: if the server asks for more.
     """
-    from config import SettingsError, compose
+    from compose import compose
+    from config import SettingsError
     from utils import shipped_path
 
     given = shlex.split(overrides)

@@ -5,7 +5,6 @@ The round loop is ours and the arithmetic is Flower's: a strategy's `configure_t
 from (seed, round) by partition id, because Flower's node ids are random in every run.
 """
 
-import hashlib
 import logging
 import shutil
 import time
@@ -25,11 +24,13 @@ from hydra.utils import get_class
 from peft import LoraConfig
 
 import model as adapters
+import transfer
 from config import RunConfig, SettingsError, check_keywords, share_of
 from model import Adapter
 from utils import (
     append_json_line,
     cosine_learning_rate,
+    file_sha256,
     generator,
     peak_resident_bytes,
     plot_train_loss,
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5  # of a SuperLink; each poll is a request that takes some of its processor
 NODE_UNAVAILABLE = ErrorCode.NODE_UNAVAILABLE
 PARTS = ("load_s", "data_s", "train_s")
-TOTALS = ("rows", "tokens", "without_response", "cut", "model_loads", "tokenizations")
+TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "cut", "model_loads", "tokenizations")
 REPORT = frozenset((*PARTS, *TOTALS, "total_s", "num-examples", "train_loss", "peak_memory_bytes"))
 EVALUATION = frozenset(("eval_loss", "eval_token_accuracy", "num-examples", "total_s"))
 
@@ -184,6 +185,7 @@ class Federation:
         self.lora: LoraConfig = adapters.lora_config(config.model)
         self.shapes = adapters.adapter_shapes(adapters.read_config(config.model), self.lora)
         self.state = State(adapters.initial_adapter(self.shapes, self.lora, config.seed))
+        self.initial = self.state.adapter
         self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
         self.num_rows: dict[int, int] = {}
         self.unusable: set[int] = set()  # nodes that were left out for good
@@ -264,7 +266,7 @@ class Federation:
             raise RunError(f"no initial adapter: {fault}")
         received: Any = replies[0].content["arrays"]
         whole = {name: received[name].numpy() for name in self.shapes} | self.state.adapter
-        self.state.adapter = dict(sorted(whole.items()))
+        self.state.adapter = self.initial = dict(sorted(whole.items()))
 
     def play_round(self, grid: Grid, round_number: int) -> None:
         """Sample, train, check, aggregate, record; a checkpoint every `save_every_round` rounds."""
@@ -277,12 +279,14 @@ class Federation:
         chosen = self.choose("train", round_number, self.config.sampling.fraction_fit)
         messages = self.training_messages(grid, round_number, chosen, learning_rate)
         replies = self.exchange(grid, messages)
+        bytes_up = sum(payload_bytes(reply) for reply in replies.values())
         good = self.guard(round_number, chosen, replies)
         aggregating = time.perf_counter()
         self.aggregate(round_number, [reply for _, reply in good])
         aggregated = time.perf_counter()
         record: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
-        record |= self.account(good, messages, replies.values()) | self.evaluate(grid, round_number)
+        record |= {"bytes_down": sum(payload_bytes(message) for message in messages), "bytes_up": bytes_up}
+        record |= self.account(good) | self.evaluate(grid, round_number)
         if round_number % train.save_every_round == 0 or round_number == self.config.num_rounds:
             self.save_checkpoint()
         record["seconds"] |= {
@@ -320,11 +324,33 @@ class Federation:
         ):
             node = message.metadata.dst_node_id
             own = {"first-row": self.state.rows_seen.get(partition_of[node], 0), "server-round": round_number}
-            content = RecordDict(
-                dict(message.content) | {"config": ConfigRecord(dict(message.content.config_records["config"]) | own)}
-            )
+            settings = ConfigRecord(dict(message.content.config_records["config"]) | own)
+            content = RecordDict(dict(message.content) | {"arrays": self.packed(message), "config": settings})
             messages.append(Message(content, node, message.metadata.message_type, ttl=self.timeout_s))
         return messages
+
+    def packed(self, message: Message) -> ArrayRecord:
+        """A strategy's adapter in the form in which it travels."""
+        if self.config.transfer == "fp32":
+            return message.content.array_records["arrays"]
+        adapter = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
+        arrays = transfer.encode(adapter, self.initial, self.config.transfer)
+        return ArrayRecord({name: Array(value) for name, value in arrays.items()})
+
+    def unpacked(self, reply: Message) -> Message:
+        """`reply` with its adapter in float32; a reply without a usable one stays as it is, for the guard.
+
+        Raises:
+            ValueError: if it holds no difference from the round's adapter.
+        """
+        records = list(reply.content.array_records.values()) if reply.has_content() else []
+        if self.config.transfer == "fp32" or len(records) != 1:
+            return reply
+        arrays = {name: array.numpy() for name, array in records[0].items()}
+        adapter = transfer.decode(arrays, self.state.adapter, self.config.transfer)
+        whole = ArrayRecord({name: Array(adapter[name]) for name in sorted(adapter)})
+        reply.content.array_records[next(iter(reply.content.array_records))] = whole
+        return reply
 
     def guard(
         self, round_number: int, chosen: Sequence[int], replies: Mapping[int, Message]
@@ -337,7 +363,7 @@ class Federation:
         good, faults = [], {}
         for partition in chosen:
             reply = replies.get(self.nodes[partition])
-            fault = check_reply(reply, self.shapes) if reply else f"no reply in {self.timeout_s:g}s"
+            fault = self.fault_of(reply) if reply else f"no reply in {self.timeout_s:g}s"
             if fault:
                 faults[partition] = fault
                 log.error("round %s: client %s: %s", round_number, partition, fault)
@@ -353,9 +379,14 @@ class Federation:
             )
         return good
 
-    def account(
-        self, good: Sequence[tuple[int, Message]], messages: Sequence[Message], replies: Iterable[Message]
-    ) -> dict[str, Any]:
+    def fault_of(self, reply: Message) -> str | None:
+        """Why a reply can not be aggregated, or None; then its adapter is in float32."""
+        try:
+            return check_reply(self.unpacked(reply), self.shapes)
+        except Exception as error:  # its arrays may be anything
+            return f"its adapter can not be read: {error}"
+
+    def account(self, good: Sequence[tuple[int, Message]]) -> dict[str, Any]:
         """What the round did, from the replies that count; also moves the clients' data positions on."""
         reports = {partition: metrics_of(reply) for partition, reply in good}
         weights = {partition: report["num-examples"] for partition, report in reports.items()}
@@ -377,8 +408,6 @@ class Federation:
             "num_examples": weights,
             "rows_used": {p: min(self.state.rows_seen[p], self.num_rows[p]) for p in reports},
             **{name: total(name) for name in TOTALS},
-            "bytes_down": sum(payload_bytes(message) for message in messages),
-            "bytes_up": sum(payload_bytes(reply) for reply in replies),
             "processes": sorted({process_of(reply) for _, reply in good}),
             "peak_memory_bytes": int(max(report["peak_memory_bytes"] for report in reports.values())),
             "server_peak_memory_bytes": peak_resident_bytes(),
@@ -393,6 +422,8 @@ class Federation:
         arrays = ArrayRecord({name: Array(value) for name, value in self.state.adapter.items()})
         shown: Any = ShownNodes(grid, [self.nodes[partition] for partition in chosen])
         messages = list(self.strategy.configure_evaluate(round_number, arrays, ConfigRecord(), shown))
+        for message in messages:
+            message.content["arrays"] = self.packed(message)
         replies = self.exchange(grid, messages)
         reports = []
         for partition in chosen:
@@ -506,7 +537,3 @@ def payload_bytes(message: Message) -> int:
     if message.has_error():
         return 0
     return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
-
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -23,16 +23,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 import model as adapters
 from benchmarks import workload
-from client import Task, Worker, by_length, collate, fine_tune
-from config import RunConfig, compose
+from client import Worker, fine_tune
+from compose import compose
+from config import RunConfig
 from dataset import fresh_rows
+from training import Task, by_length, collate
 from utils import bytes_text, quiet_libraries
 
 CLIENTS = 20
@@ -190,9 +191,7 @@ def summarize(times: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 
     def ratio(first: str, second: str) -> float:
         """Median over the pairs: both of a pair ran one after the other, on the same rows."""
-        return statistics.median(
-            a["seconds"] / b["seconds"] for a, b in zip(times[first], times[second], strict=False)
-        )
+        return statistics.median(a["seconds"] / b["seconds"] for a, b in zip(times[first], times[second], strict=False))
 
     return rows | {"suite/limit": ratio("suite", "limit"), "naive/suite": ratio("naive", "suite")}
 

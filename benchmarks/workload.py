@@ -29,7 +29,11 @@ def documentation(limit: int) -> Iterator[dict[str, str]]:
         except (SyntaxError, UnicodeDecodeError):
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)) and len(text) > 40:
+            if (
+                isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and (text := ast.get_docstring(node))
+                and len(text) > 40
+            ):
                 given = f"{file.stem}.{node.name}" if len(node.name) % 5 < 2 else ""
                 yield {"instruction": f"What does {node.name} in {file.stem} do?", "input": given, "output": text}
                 found += 1

@@ -17,9 +17,9 @@ import torch
 from peft import PeftModel
 
 import model as adapters
-from client import loss_on
-from config import compose
+from compose import compose
 from dataset import as_message, encode_prompt, find_template, load_rows, tokenize_rows
+from training import loss_on
 from utils import quiet_libraries
 
 PROMISE = {"before_at_most": 0.05, "after_at_least": 0.50, "loss_at_most": 0.5}

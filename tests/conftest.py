@@ -14,7 +14,8 @@ import client
 import compare
 import main
 from client import Site, client_app
-from config import RunConfig, compose
+from compose import compose
+from config import RunConfig
 from dataset import TEMPLATE_FOLDER
 from strategy import Federation
 

@@ -8,6 +8,7 @@ import torch
 
 import client
 import model as adapters
+import training
 from client import Task, Worker, fine_tune
 from dataset import IGNORED
 from tests.conftest import small
@@ -113,9 +114,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch_in_float64(worker):
         expected = torch.autograd.grad(whole_batch_loss(model, rows, torch.float64), weights)
         tokens = sum(label != IGNORED for row in rows for label in row["labels"])
         gradients = [torch.zeros_like(weight) for weight in weights]
-        ordered = client.by_length(rows, 8)
+        ordered = training.by_length(rows, 8)
         for start_row in range(0, 8, 2):
-            inputs = client.collate(ordered[start_row : start_row + 2])
+            inputs = training.collate(ordered[start_row : start_row + 2])
             labels = inputs.pop("labels")[:, 1:]  # trl's own loss is float32: the sum is taken here instead
             logits = model(**inputs, use_cache=False).logits[:, :-1].transpose(1, 2)
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / tokens
@@ -132,7 +133,7 @@ def test_proximal_term_adds_mu_times_the_distance_to_the_gradient():
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     layer = torch.nn.Module()
     layer.weight = weight
-    with client.proximal_pull(layer, 0.5):
+    with training.proximal_pull(layer, 0.5):
         with torch.no_grad():
             weight += torch.tensor([0.2, -0.4])  # now away from where the round began
         (3.0 * weight).sum().backward()
@@ -153,11 +154,11 @@ def test_strong_proximal_term_keeps_the_adapter_nearer(worker):
 
 def test_padding_and_prompt_carry_no_loss_and_right_padding_needs_no_mask(worker):
     rows = [worker.partition(0).row(index) for index in range(4)]
-    batch = client.collate(rows)
+    batch = training.collate(rows)
     for row, labels in zip(rows, batch["labels"].tolist(), strict=True):
         assert labels[: len(row["labels"])] == row["labels"]
         assert set(labels[len(row["labels"]) :]) <= {IGNORED}
-    loss, accuracy, tokens = client.loss_on(worker.model, rows, micro_batch_size=4)
+    loss, accuracy, tokens = training.loss_on(worker.model, rows, micro_batch_size=4)
     assert tokens == sum(label != IGNORED for row in rows for label in row["labels"])
     with torch.no_grad():
         assert loss == pytest.approx(whole_batch_loss(worker.model.eval(), rows).item(), rel=5e-3)
@@ -166,7 +167,7 @@ def test_padding_and_prompt_carry_no_loss_and_right_padding_needs_no_mask(worker
 
 def test_batches_are_sorted_longest_first_and_keep_their_rows():
     rows = [{"input_ids": [0] * length, "labels": [0] * length} for length in (3, 9, 5, 2, 8, 4)]
-    lengths = [len(row["input_ids"]) for row in client.by_length(rows, 3)]
+    lengths = [len(row["input_ids"]) for row in training.by_length(rows, 3)]
     assert lengths == [9, 5, 3, 8, 4, 2]
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import compare
-from config import SettingsError, resumed
+from compose import resumed
+from config import SettingsError
 from tests.conftest import children
 from utils import append_json_line, read_json_lines, write_json
 

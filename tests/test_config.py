@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import client
 import engine
 import plan
 import simulation
-from config import CONFIG_FOLDER, SamplingConfig, SettingsError, canonical, compose
+import training
+from compose import canonical, compose
+from config import CONFIG_FOLDER, SamplingConfig, SettingsError
 from tests.conftest import call_main, small
 
 SUITE = Path(__file__).parent.parent
@@ -105,7 +106,7 @@ def test_arguments_of_a_library_may_be_set_without_being_listed():
     config = compose(["model.lora.use_rslora=true", "train.training_arguments.weight_decay=0.1"])
     plan.check_names(config)
     assert config.model.lora["use_rslora"] is True
-    assert client.training_arguments(config, "unused").weight_decay == 0.1
+    assert training.training_arguments(config, "unused").weight_decay == 0.1
 
 
 BAD = {

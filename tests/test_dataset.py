@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import dataset
-from config import SettingsError, compose
+from compose import compose
+from config import SettingsError
 from dataset import IGNORED
 from tests.conftest import small
 

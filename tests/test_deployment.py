@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-import client
 import launchers
 import resident
+import training
 from config import SettingsError
 from deployment import certificates
 from tests.conftest import children
@@ -74,7 +74,7 @@ def test_node_uses_its_own_rows_and_ignores_the_servers_data(tmp_path):
 def test_server_can_not_make_a_node_open_a_path_or_run_code(demand):
     def obey():
         config, _ = resident.node_settings(f"experiment=quickstart {demand}", PRIVATE)
-        client.training_arguments(config, "unused")
+        training.training_arguments(config, "unused")
 
     with pytest.raises(SettingsError) as raised:
         obey()
@@ -394,8 +394,8 @@ import json, resource, sys, numpy as np
 from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from config import compose
-from strategy import Federation
+from compose import compose
+from strategy import REPORT, Federation
 from tests.conftest import LocalGrid, Silent
 
 TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
@@ -407,9 +407,7 @@ def app(message, context):
     if message.metadata.message_type == "query":
         facts = ConfigRecord({"partition-id": partition, "num-rows": 100, "device": "none"})
         return Message(RecordDict({"client": facts}), reply_to=message)
-    names = ("rows", "tokens", "without_response", "cut", "model_loads", "tokenizations", "peak_memory_bytes")
-    report = dict.fromkeys(names, 0) | dict.fromkeys(("load_s", "data_s", "train_s", "total_s"), 0.0)
-    report |= {"num-examples": 100, "train_loss": 1.0}
+    report = dict.fromkeys(REPORT, 0.0) | {"num-examples": 100, "train_loss": 1.0}
     arrays = ArrayRecord(dict(message.content["arrays"]))
     records = {"arrays": arrays, "metrics": MetricRecord(report), "worker": ConfigRecord({"process": "none"})}
     return Message(RecordDict(records), reply_to=message)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import model as adapters
 import plan
-from config import compose
+from compose import compose
 from tests.conftest import small
 
 OPEN_LLAMA = {  # name: shapes, bytes of the float32 adapter with r=32 on q_proj and v_proj

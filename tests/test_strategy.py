@@ -10,7 +10,7 @@ from peft import PeftModel
 import client
 import model as adapters
 from client import Site, Task, Worker, client_app, fine_tune
-from strategy import RunError, check_reply, make_strategy, sample
+from strategy import REPORT, RunError, check_reply, make_strategy, sample
 from tests.conftest import LocalGrid, make_federation, run_locally, small
 from utils import cosine_learning_rate, read_json_lines
 
@@ -122,11 +122,7 @@ SHAPES = {"a": (2,), "b": (1, 2)}
 
 def reply_to(message: Message, a, examples=1.0, **changes) -> Message:
     arrays = {"a": Array(np.array(a, np.float32)), "b": Array(np.zeros((1, 2), np.float32))} | changes.get("arrays", {})
-    report = dict.fromkeys(
-        ("rows", "tokens", "without_response", "cut", "model_loads", "tokenizations", "peak_memory_bytes"), 0
-    )
-    metrics = report | {"num-examples": examples, "train_loss": 1.0, "total_s": 0.0}
-    metrics |= dict.fromkeys(("load_s", "data_s", "train_s"), 0.0) | changes.get("metrics", {})
+    metrics = dict.fromkeys(REPORT, 0.0) | {"num-examples": examples, "train_loss": 1.0} | changes.get("metrics", {})
     content = RecordDict(
         {
             "arrays": ArrayRecord({name: array for name, array in arrays.items() if array is not None}),
