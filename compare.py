@@ -7,18 +7,22 @@ ends: `SweepReport` is Hydra's callback for that, set in conf/config.yaml.
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from utils import bytes_text, plot_comparison, read_json_lines, seconds_text
+from utils import bytes_text, plot_comparison, seconds_text
 
-ERROR_FILE = "error.txt"
+ERROR_FILE, SETTINGS_FILE = "error.txt", "settings.json"
 COMPLETE, FAILED, INTERRUPTED = "complete", "failed", "interrupted"
 NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column -> (key of results.json, how people read it)
     "final loss": ("final_train_loss", "{:.4f}".format),
@@ -44,14 +48,48 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`, whatever became of it."""
-    results, error, metrics = folder / "results.json", folder / ERROR_FILE, folder / "metrics.jsonl"
-    lines = read_json_lines(metrics) if metrics.exists() else []
-    facts = json.loads(results.read_text(encoding="utf-8")) if results.exists() else so_far(lines)
-    said = error.read_text(encoding="utf-8").strip() if error.exists() else ""
-    status = COMPLETE if results.exists() else FAILED if said else INTERRUPTED
-    return Run(folder, status, said, facts | {"bytes": facts.get("bytes_down", 0) + facts.get("bytes_up", 0)}, lines,
-               read_settings(folder / ".hydra"))  # fmt: skip
+    """The run in `folder`, whatever became of it; what can not be read is taken for missing."""
+    metrics, facts = read_lines(folder / "metrics.jsonl"), read_object(folder / "results.json")
+    said = read_text(folder / ERROR_FILE).strip()
+    status = COMPLETE if facts else FAILED if said else INTERRUPTED
+    noted = read_object(folder / SETTINGS_FILE).get("overrides")
+    facts = facts or so_far(metrics)
+    if "bytes_up" in facts:
+        facts["bytes"] = facts["bytes_up"] + facts["bytes_down"]
+    overrides = noted if isinstance(noted, list) else hydras_overrides(folder / ".hydra" / "overrides.yaml")
+    return Run(folder, status, said, facts, metrics, as_settings(overrides))
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    with suppress(ValueError):
+        content = json.loads(read_text(file))
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl."""
+    lines = []
+    for line in read_text(file).splitlines():
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and {"round", "train_loss"} <= set(record):
+                lines.append(record)
+    return lines
+
+
+def hydras_overrides(file: Path) -> list[str]:
+    try:
+        return list(OmegaConf.load(file))  # type: ignore[arg-type]
+    except (OSError, YAMLError, OmegaConfBaseException, TypeError):
+        return []
 
 
 def so_far(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -59,22 +97,21 @@ def so_far(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not metrics:
         return {}
     losses = [line["train_loss"] for line in metrics]
-    totals = {name: sum(line[name] for line in metrics) for name in ("bytes_down", "bytes_up")}
-    return totals | {
+    return {
         "rounds": len(metrics),
         "final_train_loss": losses[-1],
         "best_train_loss": min(losses),
-        "seconds": sum(line["seconds"]["wall"] for line in metrics),
-        "peak_memory_bytes": max(line["peak_memory_bytes"] for line in metrics),
+        "bytes_down": sum(line.get("bytes_down", 0) for line in metrics),
+        "bytes_up": sum(line.get("bytes_up", 0) for line in metrics),
+        "seconds": sum(line.get("seconds", {}).get("wall", 0.0) for line in metrics),
+        "peak_memory_bytes": max(line.get("peak_memory_bytes", 0) for line in metrics),
     }
 
 
-def read_settings(folder: Path) -> dict[str, str]:
-    """Key and value of each override that Hydra noted down."""
-    file = folder / "overrides.yaml"
-    overrides = OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else []
-    pairs = (str(override).lstrip("+~").partition("=") for override in overrides or [])
-    return {key: value.strip("'\"") for key, _, value in pairs}
+def as_settings(overrides: Sequence[str]) -> dict[str, str]:
+    """Key and value of each override."""
+    pairs = (str(override).lstrip("+~").partition("=") for override in overrides)
+    return {key: value.strip("'\"") for key, _, value in pairs if key != "resume_sweep"}
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -98,47 +135,60 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 
 def label(run: Run, keys: Sequence[str]) -> str:
-    """What tells this run from the others: `quantization=4, seed=1`, or the folder's name."""
-    shown = [f"{key.rpartition('.')[2]}={shorten(run.settings[key])}" for key in keys if key in run.settings]
-    return ", ".join(shown) or run.folder.name
+    """What tells this run from the others: `quantization=4, seed=1`; empty if nothing does."""
+    last = [key.rpartition(".")[2] for key in keys]
+    names = {key: key if last.count(end) > 1 else end for key, end in zip(keys, last, strict=True)}
+    return ", ".join(f"{names[key]}={one_line(run.settings[key], 40)}" for key in keys if key in run.settings)
 
 
-def shorten(value: str) -> str:
-    return value if len(value) <= 30 else f"...{value[-27:]}"
+def one_line(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def report(runs: Sequence[Run], output: Path) -> None:
     """Write sweep.csv, sweep.md and train_loss.png into `output`."""
-    keys = differing(runs)
+    keys, names = differing(runs), names_of([run.folder for run in runs])
     output.mkdir(parents=True, exist_ok=True)
     header = ["run", *keys, *NUMBERS, "status", "error"]
     with (output / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *(row(run, keys, plain=True) for run in runs)])
-    lines = [header, ["---"] * len(header), *(row(run, keys, plain=False) for run in runs)]
-    table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+        rows = ([name, *row(run, keys, plain=True)] for name, run in zip(names, runs, strict=True))
+        csv.writer(file).writerows([header, *rows])
+    lines = [header, ["---"] * len(header)]
+    lines += [[name, *row(run, keys, plain=False)] for name, run in zip(names, runs, strict=True)]
+    table = "".join(f"| {' | '.join(map(cell, line))} |\n" for line in lines)
     (output / "sweep.md").write_text(table, encoding="utf-8")
-    curves = {}
-    for run in runs:
-        if run.metrics:
-            name = label(run, keys)
-            curves[name if name not in curves else f"{name} ({run.folder.name})"] = run.metrics
+    labels = [label(run, keys) for run in runs]
+    curves = [
+        (text if text and labels.count(text) == 1 else f"{name} {text}".strip(), run.metrics)
+        for name, text, run in zip(names, labels, runs, strict=True)
+        if run.metrics
+    ]
     if curves:
         plot_comparison(curves, output / "train_loss.png")
 
 
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as much of their paths as tells them apart."""
+    whole = [folder.resolve() for folder in folders]
+    if len({path.name for path in whole}) == len(whole):
+        return [path.name for path in whole]
+    common = Path(os.path.commonpath(whole))
+    return [str(path.relative_to(common)) for path in whole]
+
+
+def cell(text: str) -> str:
+    """`text` inside a Markdown table."""
+    return one_line(text, 160).replace("\\", "\\\\").replace("|", "\\|")
+
+
 def row(run: Run, keys: Sequence[str], *, plain: bool) -> list[str]:
-    """A line of the table: plain numbers, or as people read them."""
+    """A line of the table behind the run's name: plain numbers, or as people read them."""
     numbers = []
     for key, text in NUMBERS.values():
-        value = run.results.get(key) if run.metrics else None
+        value = run.results.get(key)
         numbers.append("" if value is None else str(value) if plain else text(value))
-    error = " ".join(run.error.split())
-    settings = [run.settings.get(key, "") for key in keys]
-    return [run.folder.name, *settings, *numbers, run.status, error if plain else shorten_end(error)]
-
-
-def shorten_end(text: str) -> str:
-    return text if len(text) <= 160 else f"{text[:157]}..."
+    return [*(run.settings.get(key, "") for key in keys), *numbers, run.status, " ".join(run.error.split())]
 
 
 class SweepReport(Callback):
@@ -147,14 +197,15 @@ class SweepReport(Callback):
     failed = False
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if "dry_run=true" in config.hydra.overrides.task:
+            return
+        SweepReport.failed = True  # until it is known better
         folder = Path(config.hydra.sweep.dir)
         runs = find_runs([folder])
-        if not any(run.metrics or run.error for run in runs):  # plans only
-            return
         done = sum(run.status == COMPLETE for run in runs)
-        SweepReport.failed = done < len(runs)
         report(runs, folder)
         print(f"sweep: {done} of {len(runs)} runs complete; see {folder / 'sweep.md'} and train_loss.png", flush=True)
+        SweepReport.failed = done < len(runs)
 
 
 def main() -> int:
@@ -162,11 +213,15 @@ def main() -> int:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a run folder, or a folder of them")
     parser.add_argument("--output", type=Path, default=Path("."), help="where to write; default: here")
     options = parser.parse_args()
-    runs = find_runs(options.folders)
-    if not runs:
-        print(f"error: {' '.join(map(str, options.folders))}: no run folder there", file=sys.stderr)
+    for folder in options.folders:
+        if not any(True for _ in run_folders(folder)):
+            print(f"error: {folder}: no run folder there", file=sys.stderr)
+            return 2
+    try:
+        report(find_runs(options.folders), options.output)
+    except OSError as error:
+        print(f"error: --output={options.output}: can not be written ({error.strerror})", file=sys.stderr)
         return 2
-    report(runs, options.output)
     print((options.output / "sweep.md").read_text(encoding="utf-8"), end="")
     return 0
 

@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from config import (
     CONFIG_FOLDER,
@@ -44,16 +45,20 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     folders = [argument[len(mark) :] for argument in arguments if argument.startswith(mark)]
     if not folders:
         return list(arguments)
-    noted = Path(folders[-1]) / "multirun.yaml"
-    if not noted.is_file():
-        raise SettingsError(f"{mark}{folders[-1]}: not the folder of a sweep (it has no multirun.yaml)")
-    overrides = OmegaConf.load(noted).hydra.overrides
-    own = [item for item in overrides.task if not item.startswith(mark)]
-    given = [item for item in arguments if "=" in item and not item.startswith((mark, "hydra", "-"))]
-    if given and given != own:
-        raise SettingsError(f"{mark}{folders[-1]}: was started with {' '.join(own)}; repeat these, or give none")
-    engine = [item for item in overrides.hydra if not item.startswith(("hydra.sweep.dir=", "hydra.mode="))]
-    return ["--multirun", *own, *engine, f"{mark}{folders[-1]}", f"hydra.sweep.dir={folders[-1]}"]
+    folder = Path(folders[-1])
+    try:
+        overrides = OmegaConf.load(folder / "multirun.yaml").hydra.overrides
+        own = [item for item in overrides.task if not item.startswith(mark)]
+        engine = [item for item in overrides.hydra if not item.startswith(("hydra.sweep.dir=", "hydra.mode="))]
+    except (OSError, YAMLError, OmegaConfBaseException, TypeError) as error:
+        raise SettingsError(f"{mark}{folder}: not the folder of a grid sweep (its multirun.yaml is missing)") from error
+    given = [item for item in arguments if not item.startswith(mark) and item not in ("--multirun", "-m")]
+    if given and sorted(given) != sorted([*own, *engine]):
+        raise SettingsError(
+            f"{mark}{folder}: was started with {' '.join([*own, *engine])}; repeat that, or give nothing"
+        )
+    place = '"' + str(folder).replace('"', '\\"') + '"'
+    return ["--multirun", *own, *engine, f"{mark}{place}", f"hydra.sweep.dir={place}"]
 
 
 def compose(overrides: Sequence[str] = (), name: str = "config") -> RunConfig:

@@ -15,7 +15,7 @@ CONFIG_FOLDER = Path(__file__).resolve().parent / "conf"
 PASSED_ON = ("model.lora", "dataset.partitioner", "train.training_arguments", "strategy")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 TRANSFERS = ("fp32", "fp16", "int8")
-MISSING = "???"  # OmegaConf's word for a value that conf/ has to give
+MISSING: Any = "???"  # OmegaConf's word for a value that conf/ has to give
 
 
 class SettingsError(ValueError):

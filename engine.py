@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUITE_FOLDER = Path(__file__).resolve().parent
+LEAVE_S = 2.0
 WORKER_DIED = 2  # Error.code of a reply in the name of a worker that died or was too late
 
 
@@ -85,7 +86,8 @@ class WorkerGrid(Grid):
             except Exception as error:  # the server must learn of it, or it would wait
                 log.error("client %s: %r", message.metadata.dst_node_id - 1, error)
                 reply = Message(Error(WORKER_DIED, str(error)), reply_to=message)
-            self.replies[message.metadata.message_id] = reply
+            if message.metadata.created_at + message.metadata.ttl > time.time():  # else nobody waits for it any more
+                self.replies[message.metadata.message_id] = reply
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queue `messages`; returns their ids."""
@@ -164,8 +166,8 @@ def gpu_shares(resources: ClientResources) -> list[str]:
         return []
     import torch
 
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    devices = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
+    given, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    devices = given.split(",")[:count] if given else [str(index) for index in range(count)]
     if resources.num_gpus < 1:
         return [device for device in devices for _ in range(int(1 / resources.num_gpus + 1e-9))]
     each = int(resources.num_gpus)
@@ -234,7 +236,7 @@ class LocalWorker:
     """A worker process of this machine; `answer` starts another when it died."""
 
     def __init__(self, site: "Site", gpus: str) -> None:
-        self.site, self.gpus, self.stopped = site, gpus, False
+        self.site, self.gpus, self.stopped, self.idle = site, gpus, False, True
         self.lock = threading.Lock()  # of starting and stopping
         self.start()
 
@@ -247,7 +249,7 @@ class LocalWorker:
             if self.stopped:
                 return
             self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=work, args=(theirs, self.gpus))
+            self.process = context.Process(target=work, args=(theirs, self.gpus, self.site.log_file))
             self.process.start()
             theirs.close()
             with suppress(OSError):  # dead already: `answer` meets it
@@ -259,26 +261,40 @@ class LocalWorker:
         Raises:
             WorkerDied: if the process ends, or has not answered after `timeout_s` seconds and is ended.
         """
+        process, late, self.idle = self.process, threading.Event(), False
+
+        def give_up() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(timeout_s, give_up)
+        timer.start()
         try:
             self.connection.send((message, partition_id))
-            if self.connection.poll(max(0.0, timeout_s)):
-                reply: Message = self.connection.recv()
-                return reply
-            reason = f"no reply in {timeout_s:.0f}s: its worker process was ended and replaced"
-        except (EOFError, OSError):
-            self.process.join(10)
-            reason = f"its worker process died ({describe_exit(self.process.exitcode)}) and was replaced"
-        self.end()
-        self.start()
-        raise WorkerDied(reason)
+            reply: Message = self.connection.recv()
+            self.idle = True
+            return reply
+        except (EOFError, OSError) as error:
+            self.end()
+            reason = f"its worker process died ({describe_exit(process.exitcode)}) and was replaced"
+            if late.is_set():
+                reason = f"no reply in {timeout_s:.0f}s: its worker process was ended and replaced"
+            self.start()
+            raise WorkerDied(reason) from error
+        finally:
+            timer.cancel()
 
     def stop(self) -> None:
+        """End the process: an idle one leaves by itself, a busy one is killed."""
         with self.lock:
             self.stopped = True
+            if self.idle:
+                self.connection.close()
+                self.process.join(LEAVE_S)
         self.end()
 
     def end(self) -> None:
-        self.process.kill()  # it holds nothing that the server lacks
+        self.process.kill()
         self.process.join()
         self.connection.close()
 
@@ -290,8 +306,10 @@ def describe_exit(code: int | None) -> str:
     return f"{signal.Signals(-code).name}{hint}"
 
 
-def work(connection: Connection, gpus: str) -> None:
+def work(connection: Connection, gpus: str, log_file: Path | None) -> None:
     """The main function of a worker process: answer until the driver is gone."""
+    if log_file and log_file.parent.is_dir():
+        output_to(log_file)  # what libraries print
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     threading.Thread(target=leave_with_driver, daemon=True).start()
@@ -319,7 +337,6 @@ def answering(site: "Site") -> Callable[[Message, int], Message]:
     identify_as_flower_task()
     if site.log_file and site.log_file.parent.is_dir():
         log_to_file(site.log_file)
-        output_to(site.log_file)  # what libraries print
     app = client_app(site)
     try:
         resident_worker(site).trainer  # noqa: B018

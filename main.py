@@ -27,21 +27,28 @@ exit_codes: list[int] = []  # of the jobs of this command line
 @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="config")
 def job(cfg: DictConfig) -> float:
     """One run, or one job of a sweep; returns the final training loss, for sweepers."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
+    used = (folder / compare.SETTINGS_FILE).exists()
     try:
         config = checked(cfg)
         if config.resume_sweep and (done := compare.read_run(folder)).status == compare.COMPLETE:
+            if done.settings != compare.as_settings(overrides):
+                raise SettingsError(f"resume_sweep={config.resume_sweep}: {folder} holds a run with other settings")
             return float(done.results["final_train_loss"])
-        if not config.dry_run:
-            engine.check_machine(config)
-            engine.warm_up(config, folder / "main.log")
-        import simulation  # the model libraries take seconds: settings are checked first
+        if config.dry_run:
+            import simulation  # the model libraries take seconds: settings are checked first
 
-        return simulation.show_plan(config, folder) if config.dry_run else simulation.run(config, folder)
+            return simulation.show_plan(config, folder)
+        engine.check_machine(config)
+        engine.warm_up(config, folder / "main.log")
+        import simulation
+
+        return simulation.run(config, folder, overrides)
     except Exception as error:
         exit_codes.append(report(error))
-        (folder / compare.ERROR_FILE).write_text(f"{error}\n", encoding="utf-8")
-        return math.nan
+        if not used or "resume_sweep" in str(overrides):  # else the folder is another run's
+            (folder / compare.ERROR_FILE).write_text(f"{error or repr(error)}\n", encoding="utf-8")
+        return math.inf
 
 
 def report(error: Exception) -> int:
@@ -61,10 +68,13 @@ def main() -> int:
     try:
         sys.argv[1:] = resumed(canonical(sys.argv[1:]))
         job()
-    except OSError as error:
-        return report(SettingsError(f"{error.filename}: {error.strerror}; choose another folder (hydra.run.dir)"))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         return report(error)
+    except OSError as error:
+        return report(SettingsError(f"{error.filename}: {error.strerror}; choose another folder (hydra.run.dir)"))
     if compare.SweepReport.failed:
         return 1
     return max(exit_codes, default=0)

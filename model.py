@@ -220,6 +220,7 @@ def torn_files(entry: Path) -> list[str]:
 def cache_key(cfg: ModelConfig) -> str:
     """A name for a quantized model: which weights, how quantized, by which library."""
     folder = local_path(cfg.name)
+    weights: list[Any]
     if folder:  # its weights can change in place
         weights = sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in folder.iterdir())
     else:

@@ -73,9 +73,9 @@ def check_folder(folder: Path, *, fresh: bool = False) -> None:
     if fresh:
         for old in [*folder.glob("peft_*"), *folder.glob(".tokens")]:
             shutil.rmtree(old)
-        for name in ("metrics.jsonl", "error.txt"):
-            (folder / name).unlink(missing_ok=True)
-    if (folder / "metrics.jsonl").exists() or any(folder.glob("peft_*")):
+        for file in [folder / "metrics.jsonl", folder / "error.txt", *folder.glob("events.out.tfevents.*")]:
+            file.unlink(missing_ok=True)
+    elif any(folder.glob("peft_*")) or any((folder / name).exists() for name in ("settings.json", "metrics.jsonl")):
         raise SettingsError(f"hydra.run.dir={folder}: holds the results of another run; choose another folder")
     try:
         probe = folder / ".writable"

@@ -38,8 +38,6 @@ class RunProgress:
     def __exit__(self, *_: object) -> None:
         if self.live:
             self.bar.stop()
-        if self.tracker:
-            self.tracker.finish()
 
     def say(self, message: str) -> None:
         """Say what happens before the first round."""

@@ -2,23 +2,27 @@
 
 import logging
 import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 import plan
 from client import Site
-from config import RunConfig, SettingsError
+from compare import SETTINGS_FILE
+from config import RunConfig
 from engine import worker_grid
 from progress import RunProgress, summary_line
-from strategy import Federation, RunError
+from strategy import Federation
 from tracking import start_tracker
-from utils import quiet_libraries
+from utils import quiet_libraries, write_json
 
 TOKEN_CACHE = ".tokens"
 
 
-def run(config: RunConfig, folder: Path) -> float:
+def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float:
     """Check that the run can work, run it, say where the results are; returns the final training loss.
 
     Raises:
@@ -29,20 +33,21 @@ def run(config: RunConfig, folder: Path) -> float:
     quiet_libraries()
     plan.check_names(config)
     plan.check_folder(folder, fresh=config.resume_sweep is not None)
-    tracker = start_tracker(config, folder)
+    write_json(folder / SETTINGS_FILE, {"overrides": list(overrides), "settings": asdict(config)})
     cache = folder / TOKEN_CACHE
-    try:
-        with worker_grid(Site(config, False, cache, folder / "main.log")) as grid:  # they load while this checks
-            template = plan.check_inputs(config)
-            with RunProgress(config.num_rounds, console, tracker) as progress:
-                summary = Federation(config, folder, template, progress).run(grid)
-    except SettingsError:
-        raise
-    except Exception as error:
-        logging.getLogger(__name__).error("the run failed", exc_info=error)
-        raise error if isinstance(error, RunError) else RunError(str(error)) from error
-    finally:
-        shutil.rmtree(cache, ignore_errors=True)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, cache, ignore_errors=True)
+        tracker = start_tracker(config, folder)
+        if tracker:
+            stack.callback(tracker.finish)
+        grid = stack.enter_context(worker_grid(Site(config, False, cache, folder / "main.log")))
+        template = plan.check_inputs(config)  # while the workers load the base model
+        progress = stack.enter_context(RunProgress(config.num_rounds, console, tracker))
+        try:
+            summary = Federation(config, folder, template, progress).run(grid)
+        except Exception as error:
+            logging.getLogger(__name__).error("the run failed", exc_info=error)
+            raise
     console.print(summary_line(summary), soft_wrap=True)
     console.print(f"results: {folder}", soft_wrap=True)
     return float(summary["final_train_loss"])

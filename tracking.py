@@ -26,7 +26,8 @@ def start_tracker(config: RunConfig, folder: Path) -> Any:
     place = {"logging_dir": str(folder)} if chosen.requires_logging_directory else {}
     tracker = chosen("" if place else "llm-flowertune", **place)
     tracker.start()
-    tracker.store_init_configuration(dict(flattened(asdict(config))))
+    if not place:  # TensorBoard would make two folders of it
+        tracker.store_init_configuration(dict(flattened(asdict(config))))
     return tracker
 
 

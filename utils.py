@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import resource
+import textwrap
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -170,27 +171,29 @@ def plot_train_loss(metrics: Sequence[Mapping[str, Any]], path: Path, title: str
     figure.savefig(path)
 
 
-def plot_comparison(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draw the losses of several runs into a PNG: smoothed curves, the raw ones faint behind, best run first.
+def plot_comparison(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """Draw the losses of several runs into a PNG: smoothed curves, the raw ones faint behind.
 
     Args:
-        curves: lines of metrics.jsonl, by label.
+        curves: label and lines of metrics.jsonl of each run. The legend follows the curves' ends, highest first.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    ends = {name: smoothed([line["train_loss"] for line in metrics]) for name, metrics in curves.items()}
-    order = sorted(curves, key=lambda name: -ends[name][-1])
+    drawn = []
+    for label, metrics in curves:
+        losses = [line["train_loss"] for line in metrics]
+        drawn.append((smoothed(losses), losses, [line["round"] for line in metrics], label))
+    drawn.sort(key=lambda curve: -curve[0][-1] if math.isfinite(curve[0][-1]) else -math.inf)
     figure = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for position, name in enumerate(order):
+    for position, (curve, losses, rounds, label) in enumerate(drawn):
         colour, style = COLOURS[position % len(COLOURS)], STYLES[position // len(COLOURS) % len(STYLES)]
-        rounds = [line["round"] for line in curves[name]]
-        axes.plot(rounds, [line["train_loss"] for line in curves[name]], color=colour, alpha=0.2, linewidth=1)
-        marker = MARKERS[position % len(MARKERS)]
+        text = "\n".join(textwrap.wrap(f"{label}: {curve[-1]:.3f}", 44)).replace("$", r"\$")
+        axes.plot(rounds, losses, color=colour, alpha=0.2, linewidth=1)
         axes.plot(
-            rounds, ends[name], color=colour, linestyle=style, linewidth=1.8,
-            marker=marker, markersize=4, markevery=max(1, len(rounds) // 8), label=f"{name}: {ends[name][-1]:.3f}",
+            rounds, curve, color=colour, linestyle=style, linewidth=1.8, marker=MARKERS[position % len(MARKERS)],
+            markersize=4, markevery=max(1, len(rounds) // 8), label=f" {text}",
         )  # fmt: skip
     axes.set(xlabel="Round", ylabel="Training loss, smoothed")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -124,3 +125,11 @@ def children(pid: int, name: str = "") -> set[int]:
         found |= new
         below |= new
     return {child for child in found if name in commands[child]}
+
+
+def wait_for_end(processes: Iterable[int], timeout_s: float = 20.0) -> None:
+    """Wait until none of `processes` is there."""
+    deadline = time.monotonic() + timeout_s
+    while alive := [pid for pid in processes if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)

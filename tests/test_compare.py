@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 import compare
 from compose import resumed
 from config import SettingsError
-from tests.conftest import children
+from tests.conftest import call_main, children, wait_for_end
 from utils import append_json_line, read_json_lines, write_json
 
 SUITE = Path(__file__).parent.parent
@@ -46,6 +45,49 @@ def folders(tmp_path):
     make_run(sweep / "2", [3.0], ["model.quantization=8", "num_rounds=3", "seed=1"], complete=False)
     make_run(sweep / "10", [], ["model.quantization=8", "num_rounds=3", "+seed=2"], "no such | file\nat all", False)
     return sweep
+
+
+def test_broken_folders_get_a_row_and_hide_no_other(folders, tmp_path):
+    for name, file, content in (
+        ("3", "results.json", b""),
+        ("4", "metrics.jsonl", b'{"round": 1, "train_loss": 2.5}\n{"round": 2, "tra'),
+        ("5", ".hydra/overrides.yaml", b"[: {"),
+        ("6", "error.txt", b"\xff broken"),
+        ("7", "settings.json", b"[]"),
+    ):
+        (folders / name / ".hydra").mkdir(parents=True)
+        (folders / name / file).write_bytes(content)
+    make_run(folders / "8", [float("nan")], [r"model.name='$\\frac{1$ |\n'"])
+    runs = compare.find_runs([folders])
+    compare.report(runs, tmp_path)
+    rows = {row["run"]: row for row in read_table(tmp_path)}
+    assert list(rows) == ["0", "2", "3", "4", "5", "6", "7", "8", "10"]
+    assert (rows["4"]["final loss"], rows["4"]["rounds"]) == ("2.5", "1")
+    assert rows["6"]["status"] == "failed"
+    lines = (tmp_path / "sweep.md").read_text().splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert len({line.replace("\\\\", "").replace("\\|", "").count("|") for line in lines}) == 1
+
+
+def test_runs_of_one_name_and_settings_of_one_ending_stay_apart(tmp_path):
+    make_run(tmp_path / "a" / "0", [1.0], ["model.name=x", "dataset.name=y"])
+    make_run(tmp_path / "b" / "0", [2.0], ["model.name=y", "dataset.name=y"])
+    make_run(tmp_path / "c" / "0", [3.0], ["model.name=x", "dataset.name=z"])
+    runs = compare.find_runs([tmp_path])
+    labels = [compare.label(run, compare.differing(runs)) for run in runs]
+    assert labels == ["model.name=x, dataset.name=y", "model.name=y, dataset.name=y", "model.name=x, dataset.name=z"]
+    compare.report(runs, tmp_path / "out")
+    assert [row["run"] for row in read_table(tmp_path / "out")] == ["a/0", "b/0", "c/0"]
+
+
+def test_folder_of_another_run_keeps_its_own_settings_and_results(tmp_path, capsys):
+    fast = ["experiment=quickstart", *TINY[1:], f"hydra.run.dir={tmp_path}"]
+    assert call_main(*fast, "seed=1") == 0
+    before = compare.read_run(tmp_path)
+    assert call_main(*fast, "seed=2") == 2
+    assert "holds the results of another run" in capsys.readouterr().err
+    assert compare.read_run(tmp_path) == before
+    assert before.settings["seed"] == "1"
 
 
 def read_table(folder: Path) -> list[dict[str, str]]:
@@ -90,17 +132,17 @@ def test_any_run_folders_can_be_compared(folders, tmp_path, capsys, monkeypatch)
 
 
 def test_resumed_sweep_must_be_one_and_have_the_same_settings(tmp_path):
-    with pytest.raises(SettingsError, match="not the folder of a sweep"):
+    with pytest.raises(SettingsError, match="not the folder of a grid sweep"):
         resumed([f"resume_sweep={tmp_path}"])
     noted = ["hydra.mode=MULTIRUN", "hydra.sweep.dir=x", "hydra/launcher=joblib"]
     (tmp_path / "multirun.yaml").write_text(
         json.dumps({"hydra": {"overrides": {"task": ["seed=1,2"], "hydra": noted}}})
     )
-    continued = ["--multirun", "seed=1,2", "hydra/launcher=joblib", f"resume_sweep={tmp_path}"]
-    continued.append(f"hydra.sweep.dir={tmp_path}")
+    continued = ["--multirun", "seed=1,2", "hydra/launcher=joblib", f'resume_sweep="{tmp_path}"']
+    continued.append(f'hydra.sweep.dir="{tmp_path}"')
     assert resumed([f"resume_sweep={tmp_path}"]) == continued
-    assert resumed(["--multirun", "seed=1,2", f"resume_sweep={tmp_path}"]) == continued
-    with pytest.raises(SettingsError, match="was started with seed=1,2; repeat these, or give none"):
+    assert resumed(["--multirun", "seed=1,2", f"resume_sweep={tmp_path}", "hydra/launcher=joblib"]) == continued
+    with pytest.raises(SettingsError, match="was started with seed=1,2 hydra/launcher=joblib; repeat that"):
         resumed(["--multirun", "seed=1,3", f"resume_sweep={tmp_path}"])
     assert resumed(["seed=1"]) == ["seed=1"]
 
@@ -115,7 +157,7 @@ def start_sweep(*arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_sweep_goes_on_behind_a_failing_job_and_leaves_nothing_behind(tmp_path):
+def test_sweep_goes_on_behind_a_failing_job_and_leaves_nothing_behind(tmp_path, capsys):
     data = ",".join(["quickstart/data/train.jsonl", "/no/such/file.jsonl"])
     sweep = start_sweep("--multirun", *TINY, f"dataset.name={data}", "seed=1,2", f"hydra.sweep.dir={tmp_path}",
                         "tracker=tensorboard")  # fmt: skip
@@ -138,12 +180,23 @@ def test_sweep_goes_on_behind_a_failing_job_and_leaves_nothing_behind(tmp_path):
 
     finished = (tmp_path / "1" / "results.json").stat().st_mtime_ns
     (tmp_path / "0" / "results.json").unlink()  # as if killed in the last moment
-    again = start_sweep(f"resume_sweep={tmp_path}")
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 1, output
+    assert call_main(f"resume_sweep={tmp_path}") == 1
     assert [row["status"] for row in read_table(tmp_path)] == ["complete", "complete", "failed", "failed"]
     assert (tmp_path / "1" / "results.json").stat().st_mtime_ns == finished
-    assert output.count("round 1/1") == 1
+    assert capsys.readouterr().out.count("round 1/1") == 1
+
+
+def test_interrupted_driver_says_so_in_one_line_and_leaves_no_process(tmp_path):
+    run = start_sweep(*TINY, "num_rounds=99", f"hydra.run.dir={tmp_path}")
+    for line in run.stdout:
+        if line.startswith("round 1/"):
+            break
+    workers = children(run.pid)
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert "Traceback" not in output
+    wait_for_end(workers)
 
 
 def command(pid: int) -> str:
@@ -181,10 +234,7 @@ def test_eight_jobs_do_not_leak_and_a_killed_sweep_goes_on(tmp_path):
     workers = children(killed.pid)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_end(workers)
     done = {job: (tmp_path / "killed" / str(job) / "results.json").stat().st_mtime_ns for job in range(3)}
     again = start_sweep(*EIGHT, f"resume_sweep={tmp_path / 'killed'}")
     output, _ = again.communicate(timeout=400)
