@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 import model as adapters
@@ -40,6 +40,7 @@ from dataset import (
 from model import Adapter
 from resident import replied
 from training import Task, by_length, loss_on, make_trainer, padded_tokens, peak_memory_bytes, train_on
+from transfer import to_record
 from utils import log_to_file, seed_of
 
 _resident: dict[str, "Worker"] = {}  # by settings, at most one: what outlives a message in this process
@@ -292,11 +293,6 @@ def worker_record() -> ConfigRecord:
 
 def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
-
-
-def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
-    """Arrays as a Flower record, sorted by name: some strategies align them by position."""
-    return ArrayRecord({name: Array(arrays[name]) for name in sorted(arrays)})
 
 
 def received_adapter(worker: Worker, content: RecordDict) -> Adapter:

@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import hydra
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -27,6 +27,7 @@ import model as adapters
 import transfer
 from config import RunConfig, SettingsError, check_keywords, share_of
 from model import Adapter
+from transfer import to_record
 from utils import (
     append_json_line,
     cosine_learning_rate,
@@ -277,7 +278,7 @@ class Federation:
             round_number, self.config.num_rounds, train.learning_rate_max, train.learning_rate_min
         )
         chosen = self.choose("train", round_number, self.config.sampling.fraction_fit)
-        messages = self.training_messages(grid, round_number, chosen, learning_rate)
+        messages = self.messages("train", grid, round_number, chosen, **{"learning-rate": learning_rate})
         replies = self.exchange(grid, messages)
         bytes_up = sum(payload_bytes(reply) for reply in replies.values())
         good = self.guard(round_number, chosen, replies)
@@ -311,31 +312,36 @@ class Federation:
         self.state.adapter = {name: arrays[name].numpy().astype(np.float32) for name in sorted(self.shapes)}
         self.state.round_number = round_number
 
-    def training_messages(
-        self, grid: Grid, round_number: int, chosen: Sequence[int], learning_rate: float
+    def messages(
+        self, purpose: str, grid: Grid, round_number: int, chosen: Sequence[int], **settings: Any
     ) -> list[Message]:
-        """The strategy's messages to the `chosen` clients, each with the position in that client's own data."""
+        """The strategy's messages to the `chosen` clients, each with the position in that client's own data.
+
+        Args:
+            purpose: `train` or `evaluate`.
+            settings: for the clients' config, beside what the strategy puts there.
+        """
         partition_of = {self.nodes[partition]: partition for partition in chosen}
-        arrays = ArrayRecord({name: Array(value) for name, value in self.state.adapter.items()})
-        shown: Any = ShownNodes(grid, list(partition_of))
+        configure = {"train": self.strategy.configure_train, "evaluate": self.strategy.configure_evaluate}[purpose]
+        arrays, shown = to_record(self.state.adapter), cast(Any, ShownNodes(grid, list(partition_of)))
+        packed: dict[int, ArrayRecord] = {}  # one for all messages that share their arrays
         messages = []
-        for message in self.strategy.configure_train(
-            round_number, arrays, ConfigRecord({"learning-rate": learning_rate}), shown
-        ):
-            node = message.metadata.dst_node_id
+        for message in configure(round_number, arrays, ConfigRecord(settings), shown):
+            record, node = message.content.array_records["arrays"], message.metadata.dst_node_id
+            if id(record) not in packed:
+                packed[id(record)] = self.packed(record)
             own = {"first-row": self.state.rows_seen.get(partition_of[node], 0), "server-round": round_number}
-            settings = ConfigRecord(dict(message.content.config_records["config"]) | own)
-            content = RecordDict(dict(message.content) | {"arrays": self.packed(message), "config": settings})
-            messages.append(Message(content, node, message.metadata.message_type, ttl=self.timeout_s))
+            config = ConfigRecord(dict(message.content.config_records["config"]) | own)
+            content = RecordDict(dict(message.content) | {"arrays": packed[id(record)], "config": config})
+            messages.append(Message(content, node, purpose, ttl=self.timeout_s))
         return messages
 
-    def packed(self, message: Message) -> ArrayRecord:
+    def packed(self, arrays: ArrayRecord) -> ArrayRecord:
         """A strategy's adapter in the form in which it travels."""
         if self.config.transfer == "fp32":
-            return message.content.array_records["arrays"]
-        adapter = {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
-        arrays = transfer.encode(adapter, self.initial, self.config.transfer)
-        return ArrayRecord({name: Array(value) for name, value in arrays.items()})
+            return arrays
+        adapter = {name: array.numpy() for name, array in arrays.items()}
+        return to_record(transfer.encode(adapter, self.initial, self.config.transfer))
 
     def unpacked(self, reply: Message) -> Message:
         """`reply` with its adapter in float32; a reply without a usable one stays as it is, for the guard.
@@ -348,8 +354,7 @@ class Federation:
             return reply
         arrays = {name: array.numpy() for name, array in records[0].items()}
         adapter = transfer.decode(arrays, self.state.adapter, self.config.transfer)
-        whole = ArrayRecord({name: Array(adapter[name]) for name in sorted(adapter)})
-        reply.content.array_records[next(iter(reply.content.array_records))] = whole
+        reply.content.array_records[next(iter(reply.content.array_records))] = to_record(adapter)
         return reply
 
     def guard(
@@ -419,11 +424,7 @@ class Federation:
         if not self.config.sampling.fraction_evaluate:
             return {}
         chosen = self.choose("evaluate", round_number, self.config.sampling.fraction_evaluate)
-        arrays = ArrayRecord({name: Array(value) for name, value in self.state.adapter.items()})
-        shown: Any = ShownNodes(grid, [self.nodes[partition] for partition in chosen])
-        messages = list(self.strategy.configure_evaluate(round_number, arrays, ConfigRecord(), shown))
-        for message in messages:
-            message.content["arrays"] = self.packed(message)
+        messages = self.messages("evaluate", grid, round_number, chosen)
         replies = self.exchange(grid, messages)
         reports = []
         for partition in chosen:

@@ -6,12 +6,12 @@ exact adapter, so errors do not pile up. Whatever arrives is decoded to float32 
 """
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
+from flwr.app import Array, ArrayRecord
 
 from model import Adapter
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def encode(adapter: Adapter, known: Adapter, form: str) -> dict[str, np.ndarray]:
@@ -36,9 +36,15 @@ def encode(adapter: Adapter, known: Adapter, form: str) -> dict[str, np.ndarray]
     }
 
 
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor's scales: one for each row along its smaller dimension, or one for a vector."""
+    smaller = int(np.argmin(shape)) if len(shape) > 1 else -1
+    return tuple(count if axis == smaller else 1 for axis, count in enumerate(shape))
+
+
 def scale_of(difference: np.ndarray) -> np.ndarray:
-    """The largest entry of each row, over 127; rows run along the smaller dimension."""
-    axes = tuple(axis for axis in range(difference.ndim) if axis != np.argmin(difference.shape))
+    """The largest entry of each row, over 127."""
+    axes = tuple(axis for axis, count in enumerate(scale_shape(difference.shape)) if count == 1)
     largest: np.ndarray = np.abs(difference).max(axis=axes, keepdims=True) / 127
     return largest.astype(np.float32)
 
@@ -57,7 +63,7 @@ def decode(arrays: Mapping[str, np.ndarray], known: Adapter, form: str) -> Adapt
     }
     wanted = kinds[form]
     sizes = {"values": sum(value.size for value in known.values())}
-    sizes["scales"] = sum(min(value.shape, default=1) for value in known.values())
+    sizes["scales"] = sum(prod(scale_shape(value.shape)) for value in known.values())
     for name, kind in wanted.items():
         if name not in arrays or set(arrays) != set(wanted):
             raise ValueError(f"holds other arrays than {', '.join(wanted)}")
@@ -70,9 +76,13 @@ def decode(arrays: Mapping[str, np.ndarray], known: Adapter, form: str) -> Adapt
         difference = arrays["values"][position : position + value.size].reshape(value.shape).astype(np.float32)
         position += value.size
         if form == "int8":
-            axis = int(np.argmin(value.shape))
-            scale = arrays["scales"][row : row + value.shape[axis]]
-            row += value.shape[axis]
-            difference *= scale.reshape([-1 if each == axis else 1 for each in range(value.ndim)])
+            shape = scale_shape(value.shape)
+            difference *= arrays["scales"][row : row + prod(shape)].reshape(shape)
+            row += prod(shape)
         adapter[name] = value + difference
     return adapter
+
+
+def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Arrays as a Flower record, sorted by name: some strategies align them by position."""
+    return ArrayRecord({name: Array(arrays[name]) for name in sorted(arrays)})

@@ -119,3 +119,56 @@ def test_memory_estimate_is_near_the_computed_floors(size, quantization, micro):
     estimate = plan.memory_bytes(plan.sizes(base, config), config) / 1e9
     floor = floors[size, quantization][0 if micro == 16 else 1]
     assert 0.85 * floor < estimate < 1.15 * floor
+
+
+# --- cache of quantized base models ---------------------------------------------------------------
+
+
+def logits_of(base) -> torch.Tensor:
+    with torch.no_grad():
+        return base(input_ids=torch.arange(3, 40)[None]).logits
+
+
+@pytest.mark.parametrize("quantization", ["4", "8"])
+def test_cached_base_model_is_bit_equal_and_made_anew_when_torn(quantization, tmp_path, caplog):
+    cfg = quickstart(quantization, f"model.cache_folder={tmp_path}")
+    fresh = logits_of(adapters.load_base(quickstart(quantization), "cpu"))
+    assert torch.equal(logits_of(adapters.load_base(cfg, "cpu")), fresh)
+    [entry] = tmp_path.iterdir()
+    written = (entry / "sha256.json").stat().st_mtime_ns
+    cached = adapters.load_base(cfg, "cpu")
+    assert torch.equal(logits_of(cached), fresh)
+    assert not any(parameter.requires_grad for parameter in cached.parameters())
+    assert (entry / "sha256.json").stat().st_mtime_ns == written
+    weights = next(entry.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    assert torch.equal(logits_of(adapters.load_base(cfg, "cpu")), fresh)
+    assert "changed since it was written; made anew" in caplog.text
+    assert adapters.torn_files(entry) == []
+    assert [path.name for path in tmp_path.iterdir()] == [entry.name]
+
+
+def test_cache_of_a_model_that_changed_or_is_quantized_otherwise_is_another(tmp_path):
+    import shutil
+
+    copy = tmp_path / "model"
+    shutil.copytree("quickstart/model", copy)
+    keys = [adapters.cache_key(quickstart(q, f"model.name={copy}")) for q in ("4", "8")]
+    (copy / "model.safetensors").touch()
+    assert len({*keys, adapters.cache_key(quickstart("4", f"model.name={copy}"))}) == 3
+
+
+def test_two_processes_may_fill_the_cache_at_the_same_time(tmp_path):
+    import subprocess
+    import sys
+
+    load = (
+        "import sys, model; from compose import compose; "
+        "model.load_base(compose(['experiment=quickstart', f'model.cache_folder={sys.argv[1]}']).model)"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", load, str(tmp_path)]) for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    [entry] = tmp_path.iterdir()
+    assert adapters.torn_files(entry) == []

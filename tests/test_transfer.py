@@ -1,0 +1,100 @@
+"""How adapters travel: sizes, rounding errors, refusals; and a federation over each form."""
+
+import re
+
+import numpy as np
+import pytest
+
+import transfer
+from client import Site, client_app
+from tests.conftest import run_locally, small
+from tests.test_strategy import Sabotage
+
+
+def lora_like(seed: int, scale: float = 1e-3) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = {"a.lora_A": (8, 64), "a.lora_B": (96, 8), "a.magnitude": (64,)}
+    return {name: (scale * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(("form", "error"), [("fp32", 0.0), ("fp16", 3e-4), ("int8", 0.012)])
+def test_difference_comes_back_as_exact_as_its_form_allows(form, error):
+    known = lora_like(0, scale=0.05)
+    adapter = {name: value + change for (name, value), change in zip(known.items(), lora_like(1).values(), strict=True)}
+    back = transfer.decode(transfer.encode(adapter, known, form), known, form)
+    for name, value in adapter.items():
+        change, returned = value - known[name], back[name] - known[name]
+        assert back[name].dtype == np.float32
+        assert np.linalg.norm(returned - change) <= error * np.linalg.norm(change)
+
+
+def test_int8_keeps_the_largest_entry_of_each_rank_and_nothing_of_no_change():
+    known = {"b": np.zeros((3, 2), np.float32)}
+    adapter = {"b": np.array([[1.0, 0.001], [0.5, -0.004], [-0.25, 0.0]], np.float32)}
+    sent = transfer.encode(adapter, known, "int8")
+    np.testing.assert_allclose(sent["scales"], [1 / 127, 0.004 / 127], rtol=1e-6)
+    assert sent["values"].tolist() == [127, 32, 64, -127, -32, 0]  # 31.75 and 63.5 and -31.75, to the nearest
+    nothing = transfer.encode(known, known, "int8")
+    np.testing.assert_array_equal(transfer.decode(nothing, known, "int8")["b"], known["b"])
+
+
+@pytest.mark.parametrize(
+    ("form", "arrays", "reason"),
+    [
+        ("int8", {"values": np.zeros(1344, np.int8)}, "other arrays than scales, values"),
+        ("int8", {"values": np.zeros(9, np.int8), "scales": np.zeros(17, np.float32)}, "values is int8 (9,)"),
+        ("int8", {"values": np.zeros(1344, np.int8), "scales": np.zeros(17)}, "scales is float64"),
+        ("fp16", {"values": np.zeros(1344, np.float32)}, "values is float32 (1344,), not float16 (1344,)"),
+        ("fp16", {"values": np.zeros(1344, np.float16), "x": np.zeros(1)}, "other arrays than values"),
+    ],
+)
+def test_arrays_that_are_no_difference_are_refused(form, arrays, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        transfer.decode(arrays, lora_like(0), form)
+
+
+SHARE = {"fp16": 0.51, "int8": 0.26}
+
+
+WHOLE = ["model.lora.r=16", "model.lora.target_modules=all-linear"]
+
+
+@pytest.fixture(scope="module")
+def exact_run(tmp_path_factory):
+    return run_locally(small(*WHOLE), tmp_path_factory.mktemp("fp32") / "run")
+
+
+@pytest.mark.parametrize("form", SHARE)
+def test_federation_sends_less_and_learns_the_same(form, exact_run, tmp_path):
+    exact, reference = exact_run
+    federation, summary = run_locally(small(*WHOLE, f"transfer={form}"), tmp_path)
+    for direction in ("bytes_down", "bytes_up"):
+        assert summary[direction] <= SHARE[form] * reference[direction]
+    initial = federation.initial
+    moved = np.concatenate([(exact.state.adapter[name] - initial[name]).ravel() for name in initial])
+    apart = np.concatenate([(federation.state.adapter[name] - exact.state.adapter[name]).ravel() for name in initial])
+    assert 0 < np.linalg.norm(apart) < 0.1 * np.linalg.norm(moved)
+    assert abs(summary["final_train_loss"] - reference["final_train_loss"]) < 0.02
+
+
+def test_dora_starts_from_the_same_magnitudes_on_both_sides(tmp_path):
+    federation, summary = run_locally(small("model.lora.use_dora=true", "transfer=int8"), tmp_path)
+    assert any("magnitude" in name for name in federation.initial)
+    assert np.isfinite(summary["final_train_loss"])
+
+
+def test_reply_that_is_no_difference_is_left_out_by_name(tmp_path):
+    def torn(message, reply):
+        reply.content["arrays"].pop("scales")
+        return reply
+
+    config = small("strategy.fraction_fit=1.0", "num_rounds=1", "transfer=int8")
+    federation, _ = run_locally(config, tmp_path, Sabotage(client_app(Site(config)), {2}, torn))
+    assert federation.progress.rounds[0]["clients"] == [0, 1, 3]
+    assert "client 2 is left out: its adapter can not be read: holds other arrays" in federation.progress.warnings[0]
+
+
+def test_evaluation_works_over_every_form(tmp_path):
+    config = small("transfer=fp16", "dataset.holdout=0.1", "strategy.fraction_evaluate=0.5", "num_rounds=1")
+    federation, _ = run_locally(config, tmp_path)
+    assert federation.progress.rounds[0]["eval_loss"] > 0
