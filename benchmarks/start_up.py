@@ -1,0 +1,40 @@
+"""python -m benchmarks.start_up [--repeat=5]: seconds from the command to the end of the first optimizer step.
+
+Runs `python main.py experiment=quickstart` with one round of one step and waits for the round's line.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from utils import SUITE_FOLDER
+
+
+def first_step_s(folder: str) -> float:
+    """Seconds until a new process has trained one step and said so."""
+    command = [sys.executable, "main.py", "experiment=quickstart", "num_rounds=1", f"hydra.run.dir={folder}"]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, "train.training_arguments.max_steps=1"], cwd=SUITE_FOLDER, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    seconds = next(time.perf_counter() - start for line in process.stdout if line.startswith("round 1/1"))
+    process.communicate()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=5)
+    times = []
+    for _ in range(parser.parse_args().repeat):
+        with tempfile.TemporaryDirectory() as folder:
+            times.append(first_step_s(folder))
+    print(f"first optimizer step after {statistics.median(times):.1f} s (median; {min(times):.1f}-{max(times):.1f} s)")
+
+
+if __name__ == "__main__":
+    main()
