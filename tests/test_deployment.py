@@ -390,46 +390,63 @@ def test_run_whose_clients_all_fail_exits_non_zero_with_the_clients_error(tmp_pa
 
 
 SERVER_MEMORY = """
-import json, resource, sys, numpy as np
+import json, sys, numpy as np
 from pathlib import Path
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+import engine
 from compose import compose
 from strategy import REPORT, Federation
 from tests.conftest import LocalGrid, Silent
+from utils import read_json_lines
 
-TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
-folder = Path(sys.argv[1])
-config = compose([f"model.name={folder}", "num_clients=2", "strategy.fraction_fit=1.0", "num_rounds=3"])
+engine.identify_as_flower_task()
+folder, clients, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+config = compose([f"model.name={folder}", f"num_clients={clients}", "strategy.fraction_fit=1.0",
+                  f"num_rounds={rounds}", "train.save_every_round=10"])
 
 def app(message, context):
     partition = context.node_config["partition-id"]
     if message.metadata.message_type == "query":
         facts = ConfigRecord({"partition-id": partition, "num-rows": 100, "device": "none"})
         return Message(RecordDict({"client": facts}), reply_to=message)
-    report = dict.fromkeys(REPORT, 0.0) | {"num-examples": 100, "train_loss": 1.0}
-    arrays = ArrayRecord(dict(message.content["arrays"]))
-    records = {"arrays": arrays, "metrics": MetricRecord(report), "worker": ConfigRecord({"process": "none"})}
+    report = MetricRecord(dict.fromkeys(REPORT, 0.0) | {"num-examples": 100, "train_loss": 1.0})
+    arrays = ArrayRecord({name: Array(array.numpy() + 1) for name, array in message.content["arrays"].items()})
+    records = {"arrays": arrays, "metrics": report, "worker": ConfigRecord({"process": "none"})}
     return Message(RecordDict(records), reply_to=message)
 
-federation = Federation(config, folder / "run", "template", Silent())
-(folder / "run").mkdir()
-federation.run(LocalGrid(app, 2))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(peak, sum(value.nbytes for value in federation.state.adapter.values()))
+run = folder / f"run{clients}"
+run.mkdir()
+federation = Federation(config, run, "template", Silent())
+federation.run(LocalGrid(app, clients))
+peaks = [line["server_peak_memory_bytes"] for line in read_json_lines(run / "metrics.jsonl")]
+print(json.dumps([peaks, sum(value.nbytes for value in federation.state.adapter.values())]))
 """
 
 
-def test_server_with_a_7b_shaped_adapter_needs_no_base_weights_and_little_memory(tmp_path):
+def server_memory(folder: Path, clients: int, rounds: int, **shape: int) -> tuple[list[int], int]:
+    """Peak memory of the server's process after each round, and the bytes of its adapter."""
     from transformers import LlamaConfig
 
-    shape = dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=11008, num_attention_heads=32)
-    LlamaConfig(vocab_size=32000, **shape).save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=32000, **shape).save_pretrained(folder)
     done = subprocess.run(
-        [sys.executable, "-c", SERVER_MEMORY, str(tmp_path)],
+        [sys.executable, "-c", SERVER_MEMORY, str(folder), str(clients), str(rounds)],
         cwd=SUITE_FOLDER, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    peak, adapter = map(int, done.stdout.split())
-    assert adapter == 67_108_864
-    assert peak < 1.5e9
+    peaks, adapter_bytes = json.loads(done.stdout)
+    return peaks, adapter_bytes
+
+
+@pytest.mark.parametrize(("clients", "limit"), [(2, 1.5e9), (10, 2.0e9)])
+def test_server_with_a_7b_shaped_adapter_needs_no_base_weights_and_little_memory(clients, limit, tmp_path):
+    shape = dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=11008, num_attention_heads=32)
+    peaks, adapter_bytes = server_memory(tmp_path, clients, 2, **shape)
+    assert adapter_bytes == 67_108_864
+    print(f"{clients} clients: {peaks[-1] / 1e9:.2f} GB")
+    assert peaks[-1] < limit
+
+
+def test_server_does_not_grow_over_fifty_rounds(tmp_path):
+    shape = dict(hidden_size=512, num_hidden_layers=4, intermediate_size=1024, num_attention_heads=4)
+    peaks, _ = server_memory(tmp_path, 10, 50, **shape)
+    assert peaks[-1] < 1.02 * peaks[9]

@@ -1,0 +1,56 @@
+"""The benchmarks run, at small shapes, and count what they say they count."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import gpu, round_time, workload
+from client import Worker
+from tests.conftest import small
+from utils import SUITE_FOLDER
+
+WITHOUT_FLOWER = """
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("flwr", "flwr_datasets", "ray", "hydra", "omegaconf"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+sys.argv[0] = "gpu"
+runpy.run_module("benchmarks.gpu", run_name="__main__")
+"""
+
+
+def test_gpu_benchmark_runs_where_flower_ray_and_hydra_are_absent(tmp_path):
+    arguments = ["--models", "tiny", "--quantizations", "4", "--micro-batches", "2", "--batch", "4", "--length", "32"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FLOWER, *arguments, "--naive", f"--output={tmp_path / 'gpu.json'}"],
+        cwd=SUITE_FOLDER, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert [result["kind"] for result in results] == ["passes of 2", "naive"]
+    assert results[0]["step_s"] > 0
+    assert results[0]["cached_load_s"] > 0
+
+
+@pytest.mark.parametrize(("shape", "expected"), [("3B", 1.67e14), ("7B", 3.31e14)])
+def test_operations_of_a_step_are_the_known_ones(shape, expected):
+    assert gpu.step_operations(shape, 16 * 512, 512) == pytest.approx(expected, rel=0.05)
+
+
+def test_documentation_rows_are_real_and_of_all_lengths():
+    rows = list(workload.documentation(500))
+    lengths = sorted(len(row["output"]) for row in rows)
+    assert len(rows) == 500
+    assert lengths[-1] > 10 * lengths[len(lengths) // 2]
+    assert {bool(row["input"]) for row in rows} == {True, False}
+
+
+def test_limit_and_suite_train_on_the_same_rows():
+    config = small()
+    worker = Worker(config)
+    limit, suite = round_time.Limit(config, worker), round_time.Suite(worker)
+    assert limit.round(0, 1) == suite.round(0, 1)
