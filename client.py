@@ -78,8 +78,20 @@ class Worker:
     def trainer(self) -> Any:
         """The one trainer of this process, around the resident base model and its adapter."""
         self.counts["model_loads"] += 1
-        base = adapters.load_base(self.config.model)
-        return make_trainer(adapters.add_adapter(base, self.config.model), self.tokenizer, self.config)
+        config = self.config.model
+        model = adapters.add_adapter(adapters.load_base(config), config)
+        inside = adapters.get_adapter(model)
+        made = adapters.initial_adapter(
+            {name: value.shape for name, value in inside.items()}, adapters.lora_config(config), self.config.seed
+        )
+        self._initial = dict(sorted((inside | made).items()))
+        return make_trainer(model, self.tokenizer, self.config)
+
+    @property
+    def initial(self) -> Adapter:
+        """The adapter before the first round, as the server makes it; DoRA's magnitudes are the base model's."""
+        self.trainer  # noqa: B018
+        return self._initial
 
     def take_counts(self) -> dict[str, int]:
         """What was done since the last report; it is reported once."""
@@ -89,14 +101,6 @@ class Worker:
     @property
     def model(self) -> Any:
         return self.trainer.model
-
-    @functools.cached_property
-    def initial(self) -> Adapter:
-        """The adapter before the first round, as the server makes it; DoRA's magnitudes are the base model's."""
-        lora = adapters.lora_config(self.config.model)
-        inside = adapters.get_adapter(self.model)
-        shapes = {name: value.shape for name, value in inside.items()}
-        return dict(sorted((inside | adapters.initial_adapter(shapes, lora, self.config.seed)).items()))
 
     def partition(self, partition_id: int) -> Partition:
         """The tokenized rows of a client: from memory, from another worker's file, or made now.
@@ -246,7 +250,7 @@ def describe(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
 
 def initial(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
     """The adapter as PEFT initialises it inside the base model, for tensors that depend on the base weights."""
-    return RecordDict({"arrays": to_record(adapters.get_adapter(resident_worker(site).model))})
+    return RecordDict({"arrays": to_record(resident_worker(site).initial)})
 
 
 def train(site: Site, content: RecordDict, partition_id: int) -> RecordDict:

@@ -289,14 +289,16 @@ class LocalWorker:
         with self.lock:
             self.stopped = True
             if self.idle:
-                self.connection.close()
+                with suppress(OSError):
+                    self.connection.close()
                 self.process.join(LEAVE_S)
         self.end()
 
     def end(self) -> None:
         self.process.kill()
         self.process.join()
-        self.connection.close()
+        with suppress(OSError):  # the thread that waits for an answer may close it at the same time
+            self.connection.close()
 
 
 def describe_exit(code: int | None) -> str:

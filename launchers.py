@@ -46,6 +46,7 @@ def client_command() -> int:
     parser.add_argument("--partition-id", type=int, help="of app:client, from 0")
     parser.add_argument("--dataset", type=Path, help="this node's own rows: a JSON, JSONL, CSV or Parquet file")
     parser.add_argument("--model", type=Path, help="a local folder with the base model, instead of the Hub")
+    parser.add_argument("--cache", type=Path, help="a folder in which the quantized base model is kept")
     options, others = parser.parse_known_args()
     return run_or_say(lambda: start_node(options, others))
 
@@ -121,7 +122,7 @@ def node_config(options: argparse.Namespace) -> str:
     if partition is None or partition < 0:
         raise LaunchError(f"{options.app}: needs --partition-id=NUMBER, from 0, different on every node")
     config = [f"partition-id={partition}"]
-    for key in ("dataset", "model"):
+    for key in ("dataset", "model", "cache"):
         path = getattr(options, key)
         if path is not None:
             if not os.path.exists(path):

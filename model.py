@@ -11,8 +11,7 @@ import hashlib
 import json
 import logging
 import math
-import os
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -189,32 +188,36 @@ def load_cached(cfg: ModelConfig, device: str | None) -> Any:
     entry = Path(str(cfg.cache_folder)).expanduser() / cache_key(cfg)
     if entry.is_dir() and not torn_files(entry):
         return AutoModelForCausalLM.from_pretrained(
-            entry, dtype=torch.bfloat16, device_map={"": device or default_device()}
+            entry,
+            dtype=torch.bfloat16,
+            device_map={"": device or default_device()},
+            trust_remote_code=cfg.trust_remote_code,
         )
     base = load_fresh(cfg, device)
-    beside = entry.with_name(f"{entry.name}.{os.getpid()}.tmp")
     try:
-        base.save_pretrained(beside)
-        write_json(beside / DIGESTS_FILE, {file.name: file_sha256(file) for file in sorted(beside.iterdir())})
-        if entry.is_dir() and torn_files(entry):
-            log.warning("%s: %s changed since it was written; made anew", entry, ", ".join(torn_files(entry)))
-            shutil.rmtree(entry)
-        with contextlib.suppress(OSError):  # another process was first
-            beside.rename(entry)
-    except OSError as error:
-        raise SettingsError(f"model.cache_folder={cfg.cache_folder}: can not be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{entry.name}.", dir=entry.parent) as beside:
+            whole, old = Path(beside) / "whole", Path(beside) / "old"
+            base.save_pretrained(whole)
+            write_json(whole / DIGESTS_FILE, {file.name: file_sha256(file) for file in sorted(whole.iterdir())})
+            if entry.is_dir() and (torn := torn_files(entry)):
+                log.warning("%s: %s changed since it was written; made anew", entry, ", ".join(torn))
+                entry.rename(old)
+            with contextlib.suppress(OSError):  # another process was first
+                whole.rename(entry)
+    except Exception as error:  # a full disk, a folder that can not be written: the model is here all the same
+        log.warning("model.cache_folder=%s: the quantized model is not kept (%s)", cfg.cache_folder, error)
     return base
 
 
 def torn_files(entry: Path) -> list[str]:
-    """Files of a cache entry that are not what was written, or missing."""
+    """Files of a cache entry that are missing, new, or not what was written: damage, not an attacker, is found."""
     try:
-        digests = json.loads((entry / DIGESTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        digests = dict(json.loads((entry / DIGESTS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return [DIGESTS_FILE]
-    return [name for name, digest in digests.items() if file_sha256(entry / name) != digest]
+    there = {file.name for file in entry.iterdir()} - {DIGESTS_FILE}
+    return sorted(name for name in there | set(digests) if file_sha256(entry / name) != digests.get(name))
 
 
 def cache_key(cfg: ModelConfig) -> str:

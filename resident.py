@@ -86,7 +86,7 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
 
     What is read on this machine is decided here: the server may name a Hub id or what the suite ships,
     never a path, a class to import, or code to trust. The node's config names local files: `dataset`
-    (its own rows) and `model` (a folder of base weights).
+    (its own rows), `model` (a folder of base weights) and `cache` (for the quantized model).
 
     Raises:
         SettingsError: if the server asks for more.
@@ -110,6 +110,7 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
                 f"{key}.name={part.name}: a server can name a Hub id, OWNER/NAME, and no path on this node; "
                 f"set {key} in the node's config"
             )
+    config.model.cache_folder = str(node["cache"]) if "cache" in node else None
     template = config.dataset.template
     if template != "tokenizer" and not shipped_path(f"conf/template/{template}.jinja"):
         raise SettingsError(f"dataset.template={template}: on a node, use a template of the suite")

@@ -2,7 +2,7 @@
 
 The server sends differences from the initial adapter, which every client can make itself; a client answers with
 the difference from what it received. Only differences are ever rounded, and the server adds them to its own
-exact adapter, so errors do not pile up. Whatever arrives is decoded to float32 before it is checked.
+exact adapter. Whatever arrives is decoded to float32 before it is checked.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def encode(adapter: Adapter, known: Adapter, form: str) -> dict[str, np.ndarray]
     if form == "fp16":
         return {"values": np.concatenate([d.ravel() for d in differences]).astype(np.float16)}
     scales = [scale_of(difference) for difference in differences]
-    values = [np.rint(d / np.where(s > 0, s, 1)) for d, s in zip(differences, scales, strict=True)]
+    values = [np.clip(np.rint(d / np.where(s > 0, s, 1)), -127, 127) for d, s in zip(differences, scales, strict=True)]
     return {
         "scales": np.concatenate([scale.ravel() for scale in scales]),
         "values": np.concatenate([value.ravel() for value in values]).astype(np.int8),

@@ -37,7 +37,8 @@ def test_node_uses_its_own_rows_and_ignores_the_servers_data(tmp_path):
     own = tmp_path / "own.jsonl"
     config, own_rows = resident.node_settings("experiment=quickstart", PRIVATE | {"dataset": str(own)})
     assert (config.dataset.name, own_rows) == (str(own), True)
-    config, own_rows = resident.node_settings("experiment=quickstart", PRIVATE)
+    config, own_rows = resident.node_settings("""experiment=quickstart 'model.cache_folder="/tmp/x"'""", PRIVATE)
+    assert config.model.cache_folder is None  # where a node writes is its own business too
     assert (config.dataset.name, own_rows) == (str(SUITE_FOLDER / "quickstart/data/train.jsonl"), False)
 
 

@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 
+import client
 import transfer
 from client import Site, client_app
-from tests.conftest import run_locally, small
+from tests.conftest import LocalGrid, make_federation, run_locally, small
 from tests.test_strategy import Sabotage
 
 
@@ -78,9 +79,17 @@ def test_federation_sends_less_and_learns_the_same(form, exact_run, tmp_path):
 
 
 def test_dora_starts_from_the_same_magnitudes_on_both_sides(tmp_path):
-    federation, summary = run_locally(small("model.lora.use_dora=true", "transfer=int8"), tmp_path)
-    assert any("magnitude" in name for name in federation.initial)
-    assert np.isfinite(summary["final_train_loss"])
+    config = small("model.lora.use_dora=true", "transfer=int8")
+    first, summary = run_locally(config, tmp_path / "first")
+    assert any("magnitude" in name for name in first.initial)
+    [worker] = client._resident.values()
+    second = make_federation(config, tmp_path / "second")  # on the same worker, which has trained since
+    again = second.run(LocalGrid(client_app(Site(config)), config.num_clients))
+    assert client._resident == {next(iter(client._resident)): worker}
+    for name, value in worker.initial.items():
+        np.testing.assert_array_equal(value, first.initial[name])
+        np.testing.assert_array_equal(value, second.initial[name])
+    assert again["adapter_sha256"] == summary["adapter_sha256"]
 
 
 def test_reply_that_is_no_difference_is_left_out_by_name(tmp_path):
