@@ -80,18 +80,16 @@ class Worker:
         self.counts["model_loads"] += 1
         config = self.config.model
         model = adapters.add_adapter(adapters.load_base(config), config)
-        inside = adapters.get_adapter(model)
-        made = adapters.initial_adapter(
-            {name: value.shape for name, value in inside.items()}, adapters.lora_config(config), self.config.seed
-        )
-        self._initial = dict(sorted((inside | made).items()))
+        self.untrained = adapters.get_adapter(model)
         return make_trainer(model, self.tokenizer, self.config)
 
-    @property
+    @functools.cached_property
     def initial(self) -> Adapter:
         """The adapter before the first round, as the server makes it; DoRA's magnitudes are the base model's."""
-        self.trainer  # noqa: B018
-        return self._initial
+        self.trainer  # noqa: B018  sets `untrained`
+        shapes = {name: value.shape for name, value in self.untrained.items()}
+        made = adapters.initial_adapter(shapes, adapters.lora_config(self.config.model), self.config.seed)
+        return dict(sorted((self.untrained | made).items()))
 
     def take_counts(self) -> dict[str, int]:
         """What was done since the last report; it is reported once."""

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from utils import bytes_text, plot_comparison, seconds_text
+from utils import bytes_text, plot_comparison, seconds_text, totals_so_far
 
 ERROR_FILE, SETTINGS_FILE = "error.txt", "settings.json"
 COMPLETE, FAILED, INTERRUPTED = "complete", "failed", "interrupted"
@@ -53,7 +53,7 @@ def read_run(folder: Path) -> Run:
     said = read_text(folder / ERROR_FILE).strip()
     status = COMPLETE if facts else FAILED if said else INTERRUPTED
     noted = read_object(folder / SETTINGS_FILE).get("overrides")
-    facts = facts or so_far(metrics)
+    facts = facts or totals_so_far(metrics)
     if "bytes_up" in facts:
         facts["bytes"] = facts["bytes_up"] + facts["bytes_down"]
     overrides = noted if isinstance(noted, list) else hydras_overrides(folder / ".hydra" / "overrides.yaml")
@@ -90,22 +90,6 @@ def hydras_overrides(file: Path) -> list[str]:
         return list(OmegaConf.load(file))  # type: ignore[arg-type]
     except (OSError, YAMLError, OmegaConfBaseException, TypeError):
         return []
-
-
-def so_far(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What results.json would say of an unfinished run, as far as its rounds tell."""
-    if not metrics:
-        return {}
-    losses = [line["train_loss"] for line in metrics]
-    return {
-        "rounds": len(metrics),
-        "final_train_loss": losses[-1],
-        "best_train_loss": min(losses),
-        "bytes_down": sum(line.get("bytes_down", 0) for line in metrics),
-        "bytes_up": sum(line.get("bytes_up", 0) for line in metrics),
-        "seconds": sum(line.get("seconds", {}).get("wall", 0.0) for line in metrics),
-        "peak_memory_bytes": max(line.get("peak_memory_bytes", 0) for line in metrics),
-    }
 
 
 def as_settings(overrides: Sequence[str]) -> dict[str, str]:

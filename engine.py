@@ -30,13 +30,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from config import ClientResources, RunConfig, SettingsError, share_of
+from utils import SUITE_FOLDER
 
 if TYPE_CHECKING:
     from client import Site
 
 log = logging.getLogger(__name__)
 
-SUITE_FOLDER = Path(__file__).resolve().parent
 LEAVE_S = 2.0
 WORKER_DIED = 2  # Error.code of a reply in the name of a worker that died or was too late
 
@@ -162,8 +162,6 @@ def gpu_shares(resources: ClientResources) -> list[str]:
 
     Workers of half a GPU share one; a worker of two GPUs sees two (and trains on the first).
     """
-    if not resources.num_gpus:
-        return []
     import torch
 
     given, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()

@@ -23,12 +23,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent))  # the console scripts know this file alone
+SUITE_FOLDER = Path(__file__).resolve().parent
+sys.path.append(str(SUITE_FOLDER))  # the console scripts know this file alone
 
-from compose import compose  # noqa: E402
 from config import SettingsError  # noqa: E402
 
-SUITE_FOLDER = Path(__file__).resolve().parent
 SUPERLINK = "127.0.0.1:8000"
 PARTITIONS = {"client": None, "client1": 0, "client2": 1}
 REACH_S = 10.0
@@ -230,6 +229,8 @@ def submit(options: argparse.Namespace) -> int:
     for override in options.overrides:
         if "=" not in override:
             raise LaunchError(f"{override}: is not KEY=VALUE")
+    from compose import compose
+
     compose(options.overrides, "deployment")  # a wrong setting is answered here, not by a failed run
     check_connection(options)
     overrides = f"overrides={toml_text(shlex.join(options.overrides))}"

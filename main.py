@@ -35,15 +35,12 @@ def job(cfg: DictConfig) -> float:
             if done.settings != compare.as_settings(overrides):
                 raise SettingsError(f"resume_sweep={config.resume_sweep}: {folder} holds a run with other settings")
             return float(done.results["final_train_loss"])
-        if config.dry_run:
-            import simulation  # the model libraries take seconds: settings are checked first
+        if not config.dry_run:
+            engine.check_machine(config)
+            engine.warm_up(config, folder / "main.log")
+        import simulation  # the model libraries take seconds: settings are checked first
 
-            return simulation.show_plan(config, folder)
-        engine.check_machine(config)
-        engine.warm_up(config, folder / "main.log")
-        import simulation
-
-        return simulation.run(config, folder, overrides)
+        return simulation.show_plan(config, folder) if config.dry_run else simulation.run(config, folder, overrides)
     except Exception as error:
         exit_codes.append(report(error))
         if not used or "resume_sweep" in str(overrides):  # else the folder is another run's

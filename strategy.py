@@ -36,6 +36,7 @@ from utils import (
     peak_resident_bytes,
     plot_train_loss,
     read_json_lines,
+    totals_so_far,
     write_json,
 )
 
@@ -140,6 +141,8 @@ def check_adapter(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str 
 
 def check_report(reply: Message, names: frozenset[str]) -> str | None:
     """Why the numbers in a reply can not be used, or None: exactly these, finite, not negative, a positive weight."""
+    if reply.has_error():
+        return str(reply.error.reason)
     reports = list(reply.content.metric_records.values())
     if len(reports) != 1 or set(reports[0]) != names:
         return f"does not report exactly {', '.join(sorted(names))}"
@@ -371,9 +374,7 @@ class Federation:
             fault = self.fault_of(reply) if reply else f"no reply in {self.timeout_s:g}s"
             if fault:
                 faults[partition] = fault
-                log.error("round %s: client %s: %s", round_number, partition, fault)
-                last = fault.strip().splitlines()[-1]
-                self.progress.warn(f"round {round_number}: client {partition} is left out: {last}")
+                self.blame(round_number, partition, "is left out", fault)
             elif reply:
                 good.append((partition, reply))
         if not good:
@@ -383,6 +384,12 @@ class Federation:
                 f"client {partition} says:\n{fault}"
             )
         return good
+
+    def blame(self, round_number: int, partition: int, what: str, fault: str) -> None:
+        """Name a client's fault: whole in the log, its last line to the user."""
+        log.error("round %s: client %s %s: %s", round_number, partition, what, fault)
+        last = fault.strip().splitlines()[-1]
+        self.progress.warn(f"round {round_number}: client {partition} {what}: {last}")
 
     def fault_of(self, reply: Message) -> str | None:
         """Why a reply can not be aggregated, or None; then its adapter is in float32."""
@@ -429,17 +436,9 @@ class Federation:
         reports = []
         for partition in chosen:
             reply = replies.get(self.nodes[partition])
-            fault = (
-                "no reply"
-                if reply is None
-                else reply.error.reason
-                if reply.has_error()
-                else check_report(reply, EVALUATION)
-            )
+            fault = check_report(reply, EVALUATION) if reply else "no reply"
             if fault:
-                log.error("round %s: evaluation by client %s: %s", round_number, partition, fault)
-                last = str(fault).strip().splitlines()[-1]
-                self.progress.warn(f"round {round_number}: client {partition} could not evaluate: {last}")
+                self.blame(round_number, partition, "could not evaluate", fault)
             elif reply:
                 reports.append(metrics_of(reply))
         if not reports:
@@ -487,23 +486,16 @@ class Federation:
     def summarize(self) -> dict[str, Any]:
         """Write results.json and train_loss.png; returns the former."""
         metrics = read_json_lines(self.folder / "metrics.jsonl")
-        losses = [line["train_loss"] for line in metrics]
         used = {p: min(seen, self.num_rows[p]) for p, seen in sorted(self.state.rows_seen.items())}
-        summary = {
-            "rounds": len(metrics),
-            "final_train_loss": losses[-1],
-            "best_train_loss": min(losses),
+        summary = totals_so_far(metrics) | {
             "clients_used": len(used),
             "rows_used": sum(used.values()),
             "rows_used_by_client": used,
             "rows_trained": sum(self.state.rows_seen.values()),
             "tokens": sum(line["tokens"] for line in metrics),
-            "bytes_down": sum(line["bytes_down"] for line in metrics),
-            "bytes_up": sum(line["bytes_up"] for line in metrics),
             "processes": len(self.processes),
             "model_loads": sum(line["model_loads"] for line in metrics),
             "tokenizations": sum(line["tokenizations"] for line in metrics),
-            "peak_memory_bytes": max(line["peak_memory_bytes"] for line in metrics),
             "server_peak_memory_bytes": metrics[-1]["server_peak_memory_bytes"],
             "seconds": round(time.perf_counter() - self.started, 3),
             "adapter": f"peft_{self.state.round_number}",

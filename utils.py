@@ -139,6 +139,22 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def totals_so_far(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What results.json says of a run, as far as the lines of metrics.jsonl tell; nothing without lines."""
+    if not metrics:
+        return {}
+    losses = [line["train_loss"] for line in metrics]
+    return {
+        "rounds": len(metrics),
+        "final_train_loss": losses[-1],
+        "best_train_loss": min(losses),
+        "bytes_down": sum(line.get("bytes_down", 0) for line in metrics),
+        "bytes_up": sum(line.get("bytes_up", 0) for line in metrics),
+        "seconds": sum(line.get("seconds", {}).get("wall", 0.0) for line in metrics),
+        "peak_memory_bytes": max(line.get("peak_memory_bytes", 0) for line in metrics),
+    }
+
+
 def smoothed(values: Sequence[float], weight: float | None = None) -> list[float]:
     """Exponential moving average without start-up bias, as TensorBoard draws it.
 

@@ -44,7 +44,7 @@ RATE = 5e-5
 
 
 def on_gpu() -> bool:
-    return torch.cuda.is_available()
+    return adapters.default_device() == "cuda"
 
 
 def synchronize() -> None:
@@ -72,7 +72,7 @@ class Case:
 def write_weights(folder: Path, shape: str) -> Path:
     """A model of that shape with random bfloat16 weights, made on the device and saved once."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False)
-    with torch.device("cuda" if on_gpu() else "cpu"):
+    with torch.device(adapters.default_device()):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / shape)
     return folder / shape
@@ -115,7 +115,7 @@ def any_tokenizer() -> PreTrainedTokenizerFast:
 def matrix_rate() -> float:
     """Floating-point operations a second of large bf16 matrix products here: what the device really reaches."""
     size = 8192 if on_gpu() else 512
-    device = "cuda" if on_gpu() else "cpu"
+    device = adapters.default_device()
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     for _ in range(3):
         a @ b
@@ -186,7 +186,7 @@ def run_naive(case: Case, weights: Path, batch: int, length: int) -> dict[str, A
     """The same step with the settings of well-known examples."""
     free()
     quantization = BitsAndBytesConfig(load_in_4bit=case.quantization == "4", load_in_8bit=case.quantization == "8")
-    device = "cuda" if on_gpu() else "cpu"
+    device = adapters.default_device()
     base = AutoModelForCausalLM.from_pretrained(
         weights, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": device}
     )

@@ -12,7 +12,6 @@ By default on a LLaMA of 7 million random weights and the docstrings of Python's
 import argparse
 import json
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from compose import compose
 from config import RunConfig
 from dataset import fresh_rows
 from training import Task, by_length, collate
-from utils import bytes_text, quiet_libraries
+from utils import bytes_text, peak_resident_bytes, quiet_libraries
 
 CLIENTS = 20
 
@@ -211,7 +210,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = settings(options, Path(folder))
         results = summarize(measure(config, options.pairs, options.naive_rounds))
-    results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    results["peak_memory_bytes"] = peak_resident_bytes()
     results["machine"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"\none client-round: {config.train.training_arguments['max_steps']} steps of {config.batch_size} rows, "
           f"quantization {config.model.quantization}, {results['machine']}")  # fmt: skip
