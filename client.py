@@ -300,5 +300,11 @@ def device_name() -> str:
 def received_adapter(worker: Worker, content: RecordDict) -> Adapter:
     record: Any = content["arrays"]
     arrays = {name: array.numpy() for name, array in record.items()}
-    form = worker.config.transfer
-    return transfer.decode(arrays, {} if form == "fp32" else worker.initial, form)
+    if worker.config.transfer == "fp32":
+        return arrays
+    if content["config"]["initial-sha256"] != transfer.digest(worker.initial):
+        raise ValueError(
+            f"transfer={worker.config.transfer}: this client makes another initial adapter than the server (another "
+            "version of torch or peft, or another base model?); use transfer=fp32"
+        )
+    return transfer.decode(arrays, worker.initial, worker.config.transfer)

@@ -12,11 +12,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedConfig
 
 import model as adapters
-from config import RunConfig, SettingsError
+from config import RunConfig, SettingsError, share_of
 from dataset import find_template, load_rows, partition_rows, partitioner_class, read_template, tokenize_rows
 from engine import check_machine
 from strategy import make_strategy
 from training import training_arguments
+from transfer import payload_bytes
 from utils import bytes_text, local_path
 
 UNKNOWN = "unknown without the network"
@@ -95,7 +96,7 @@ class Sizes:
     other: int
     adapter: int
     payload_bytes: int
-    """The adapter as it travels: float32, and numpy's header of 128 bytes for each tensor."""
+    """The adapter as it travels, in the form that `transfer` names."""
     layers: int
     hidden: int
     intermediate: int
@@ -116,7 +117,7 @@ def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
         linear=linear,
         other=sum(weight.numel() for weight in parameters.values()) - linear,
         adapter=sum(prod(shape) for shape in shapes.values()),
-        payload_bytes=sum(4 * prod(shape) + 128 for shape in shapes.values()),
+        payload_bytes=payload_bytes(shapes, config.transfer),
         layers=base.num_hidden_layers,
         hidden=base.hidden_size,
         intermediate=getattr(base, "intermediate_size", 4 * base.hidden_size),
@@ -158,7 +159,8 @@ def plan(config: RunConfig, folder: Path) -> dict[str, str]:
         "optimizer steps": f"{trained * steps}: {steps} for a client in a round, {config.batch_size} rows each",
         "learning rate": f"{config.train.learning_rate_max:g} falling to {config.train.learning_rate_min:g}",
     }
-    lines |= plan_sizes(config, trained)
+    evaluated = share_of(config.num_clients, config.sampling.fraction_evaluate) * config.num_rounds
+    lines |= plan_sizes(config, trained + evaluated, trained)
     lines["workers"] = f"{config.client_resources.num_cpus} CPU cores, {config.client_resources.num_gpus:g} GPUs each"
     lines["this machine"] = fits_here(config)
     lines["results"] = str(folder)
@@ -174,8 +176,8 @@ def describe_data(config: RunConfig) -> str:
     return f"{config.dataset.name}, {len(rows)} rows, {kind}"
 
 
-def plan_sizes(config: RunConfig, trained: int) -> dict[str, str]:
-    """Adapter, traffic and memory, as far as the model's shapes are to be had offline."""
+def plan_sizes(config: RunConfig, sent: int, returned: int) -> dict[str, str]:
+    """Adapter, traffic of so many adapters down and up, and memory, as far as the shapes are to be had offline."""
     try:
         size = sizes(adapters.read_config(config.model, offline=True), config)
     except SettingsError as error:
@@ -185,8 +187,8 @@ def plan_sizes(config: RunConfig, trained: int) -> dict[str, str]:
     where, free = free_memory()
     return {
         "adapter": f"{bytes_text(4 * size.adapter)}, {size.adapter:,} parameters of {size.linear + size.other:,}",
-        "bytes down and up": f"{bytes_text(size.payload_bytes * trained)} each in all, "
-        f"{bytes_text(size.payload_bytes)} a client and round",
+        "bytes down and up": f"{bytes_text(size.payload_bytes * sent)} and "
+        f"{bytes_text(size.payload_bytes * returned)} in all, {bytes_text(size.payload_bytes)} an adapter",
         "memory per client": f"about {bytes_text(memory_bytes(size, config))}; free here: {bytes_text(free)} ({where})",
     }
 

@@ -5,6 +5,7 @@ The round loop is ours and the arithmetic is Flower's: a strategy's `configure_t
 from (seed, round) by partition id, because Flower's node ids are random in every run.
 """
 
+import functools
 import logging
 import shutil
 import time
@@ -190,6 +191,8 @@ class Federation:
         self.shapes = adapters.adapter_shapes(adapters.read_config(config.model), self.lora)
         self.state = State(adapters.initial_adapter(self.shapes, self.lora, config.seed))
         self.initial = self.state.adapter
+        self.sent: dict[int, Adapter] = {}  # node id -> what its reply is a difference from, if it sends differences
+        self.traffic = dict.fromkeys(("bytes_down", "bytes_up"), 0)  # since the last line of metrics.jsonl
         self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
         self.num_rows: dict[int, int] = {}
         self.unusable: set[int] = set()  # nodes that were left out for good
@@ -283,14 +286,14 @@ class Federation:
         chosen = self.choose("train", round_number, self.config.sampling.fraction_fit)
         messages = self.messages("train", grid, round_number, chosen, **{"learning-rate": learning_rate})
         replies = self.exchange(grid, messages)
-        bytes_up = sum(payload_bytes(reply) for reply in replies.values())
         good = self.guard(round_number, chosen, replies)
         aggregating = time.perf_counter()
         self.aggregate(round_number, [reply for _, reply in good])
         aggregated = time.perf_counter()
         record: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
-        record |= {"bytes_down": sum(payload_bytes(message) for message in messages), "bytes_up": bytes_up}
         record |= self.account(good) | self.evaluate(grid, round_number)
+        record |= self.traffic
+        self.traffic = dict.fromkeys(self.traffic, 0)
         if round_number % train.save_every_round == 0 or round_number == self.config.num_rounds:
             self.save_checkpoint()
         record["seconds"] |= {
@@ -327,36 +330,43 @@ class Federation:
         partition_of = {self.nodes[partition]: partition for partition in chosen}
         configure = {"train": self.strategy.configure_train, "evaluate": self.strategy.configure_evaluate}[purpose]
         arrays, shown = to_record(self.state.adapter), cast(Any, ShownNodes(grid, list(partition_of)))
-        packed: dict[int, ArrayRecord] = {}  # one for all messages that share their arrays
+        packed: dict[int, tuple[ArrayRecord, Adapter]] = {}  # one for all messages that share their arrays
         messages = []
         for message in configure(round_number, arrays, ConfigRecord(settings), shown):
             record, node = message.content.array_records["arrays"], message.metadata.dst_node_id
             if id(record) not in packed:
                 packed[id(record)] = self.packed(record)
-            own = {"first-row": self.state.rows_seen.get(partition_of[node], 0), "server-round": round_number}
+            arrays, self.sent[node] = packed[id(record)]
+            own: dict[str, Any] = {"first-row": self.state.rows_seen.get(partition_of[node], 0), "server-round": round_number}
+            if self.sent[node]:
+                own["initial-sha256"] = self.initial_sha256
             config = ConfigRecord(dict(message.content.config_records["config"]) | own)
-            content = RecordDict(dict(message.content) | {"arrays": packed[id(record)], "config": config})
+            content = RecordDict(dict(message.content) | {"arrays": arrays, "config": config})
             messages.append(Message(content, node, purpose, ttl=self.timeout_s))
         return messages
 
-    def packed(self, arrays: ArrayRecord) -> ArrayRecord:
-        """A strategy's adapter in the form in which it travels."""
+    def packed(self, arrays: ArrayRecord) -> tuple[ArrayRecord, Adapter]:
+        """A strategy's adapter in the form in which it travels, and itself if the answer is a difference from it."""
         if self.config.transfer == "fp32":
-            return arrays
+            return arrays, {}
         adapter = {name: array.numpy() for name, array in arrays.items()}
-        return to_record(transfer.encode(adapter, self.initial, self.config.transfer))
+        return to_record(transfer.encode(adapter, self.initial, self.config.transfer)), adapter
 
-    def unpacked(self, reply: Message) -> Message:
+    @functools.cached_property
+    def initial_sha256(self) -> str:
+        return transfer.digest(self.initial)
+
+    def unpacked(self, node: int, reply: Message) -> Message:
         """`reply` with its adapter in float32; a reply without a usable one stays as it is, for the guard.
 
         Raises:
-            ValueError: if it holds no difference from the round's adapter.
+            ValueError: if it holds no difference from the adapter that was sent.
         """
         records = list(reply.content.array_records.values()) if reply.has_content() else []
         if self.config.transfer == "fp32" or len(records) != 1:
             return reply
         arrays = {name: array.numpy() for name, array in records[0].items()}
-        adapter = transfer.decode(arrays, self.state.adapter, self.config.transfer)
+        adapter = transfer.decode(arrays, self.sent[node], self.config.transfer)
         reply.content.array_records[next(iter(reply.content.array_records))] = to_record(adapter)
         return reply
 
@@ -370,8 +380,9 @@ class Federation:
         """
         good, faults = [], {}
         for partition in chosen:
-            reply = replies.get(self.nodes[partition])
-            fault = self.fault_of(reply) if reply else f"no reply in {self.timeout_s:g}s"
+            node = self.nodes[partition]
+            reply = replies.get(node)
+            fault = self.fault_of(node, reply) if reply else f"no reply in {self.timeout_s:g}s"
             if fault:
                 faults[partition] = fault
                 self.blame(round_number, partition, "is left out", fault)
@@ -391,10 +402,10 @@ class Federation:
         last = fault.strip().splitlines()[-1]
         self.progress.warn(f"round {round_number}: client {partition} {what}: {last}")
 
-    def fault_of(self, reply: Message) -> str | None:
+    def fault_of(self, node: int, reply: Message) -> str | None:
         """Why a reply can not be aggregated, or None; then its adapter is in float32."""
         try:
-            return check_reply(self.unpacked(reply), self.shapes)
+            return check_reply(self.unpacked(node, reply), self.shapes)
         except Exception as error:  # its arrays may be anything
             return f"its adapter can not be read: {error}"
 
@@ -457,13 +468,17 @@ class Federation:
 
         A reply is known by the message that it answers: when a node is lost, the engine answers for it.
         """
-        sent = {name: message.metadata.dst_node_id for message in messages for name in grid.push_messages([message])}
+        sent: dict[str, int] = {}
+        for message in messages:
+            self.traffic["bytes_down"] += payload_bytes(message)
+            sent |= dict.fromkeys(grid.push_messages([message]), message.metadata.dst_node_id)
         deadline = time.monotonic() + self.timeout_s
         replies: dict[int, Message] = {}
         while len(replies) < len(sent) and time.monotonic() < deadline:
             waiting = [name for name, node in sent.items() if node not in replies]
             for reply in grid.pull_messages(waiting):
                 replies[sent[reply.metadata.reply_to_message_id]] = reply
+                self.traffic["bytes_up"] += payload_bytes(reply)
             if len(replies) < len(sent):
                 time.sleep(getattr(grid, "poll_s", POLL_S))
         return replies

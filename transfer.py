@@ -5,13 +5,18 @@ the difference from what it received. Only differences are ever rounded, and the
 exact adapter. Whatever arrives is decoded to float32 before it is checked.
 """
 
+import hashlib
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from model import Adapter
+
+FORMS: dict[str, tuple[Any, float]] = {"fp16": (np.float16, 1), "int8": (np.int8, 127)}
+"""What differences travel as, and the number that the largest of a row becomes."""
 
 
 def encode(adapter: Adapter, known: Adapter, form: str) -> dict[str, np.ndarray]:
@@ -20,20 +25,20 @@ def encode(adapter: Adapter, known: Adapter, form: str) -> dict[str, np.ndarray]
     Args:
         known: the adapter that the receiver adds the difference to; same names and shapes.
         form: `fp32` sends `adapter` as it is. `fp16` and `int8` send one vector with all differences, in the
-            order of their names; int8 with a scale for each row of the smaller dimension of a tensor (a LoRA
-            rank), so that its largest entry is 127.
+            order of their names, over a scale for each row of the smaller dimension of a tensor (a LoRA rank), so
+            that its largest entry is 1 or 127.
     """
     if form == "fp32":
         return {name: np.ascontiguousarray(adapter[name]) for name in sorted(adapter)}
-    differences = [adapter[name] - known[name] for name in sorted(adapter)]
-    if form == "fp16":
-        return {"values": np.concatenate([d.ravel() for d in differences]).astype(np.float16)}
-    scales = [scale_of(difference) for difference in differences]
-    values = [np.clip(np.rint(d / np.where(s > 0, s, 1)), -127, 127) for d, s in zip(differences, scales, strict=True)]
-    return {
-        "scales": np.concatenate([scale.ravel() for scale in scales]),
-        "values": np.concatenate([value.ravel() for value in values]).astype(np.int8),
-    }
+    kind, largest = FORMS[form]
+    scales, values = [], []
+    for name in sorted(adapter):
+        difference = adapter[name] - known[name]
+        scale = scale_of(difference, largest)
+        value = np.clip(difference / np.where(scale > 0, scale, 1), -largest, largest)
+        scales.append(scale.ravel())
+        values.append((np.rint(value) if form == "int8" else value).astype(kind).ravel())
+    return {"scales": np.concatenate(scales), "values": np.concatenate(values)}
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -42,11 +47,11 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(count if axis == smaller else 1 for axis, count in enumerate(shape))
 
 
-def scale_of(difference: np.ndarray) -> np.ndarray:
-    """The largest entry of each row, over 127."""
+def scale_of(difference: np.ndarray, largest: float) -> np.ndarray:
+    """What each row is divided by, so that none of its entries is above `largest`."""
     axes = tuple(axis for axis, count in enumerate(scale_shape(difference.shape)) if count == 1)
-    largest: np.ndarray = np.abs(difference).max(axis=axes, keepdims=True) / 127
-    return largest.astype(np.float32)
+    scale: np.ndarray = np.abs(difference).max(axis=axes, keepdims=True) / largest
+    return scale.astype(np.float32)
 
 
 def decode(arrays: Mapping[str, np.ndarray], known: Adapter, form: str) -> Adapter:
@@ -57,30 +62,41 @@ def decode(arrays: Mapping[str, np.ndarray], known: Adapter, form: str) -> Adapt
     """
     if form == "fp32":
         return dict(arrays)
-    kinds: dict[str, dict[str, type]] = {
-        "fp16": {"values": np.float16},
-        "int8": {"scales": np.float32, "values": np.int8},
+    wanted = {
+        "scales": (np.float32, sum(prod(scale_shape(value.shape)) for value in known.values())),
+        "values": (FORMS[form][0], sum(value.size for value in known.values())),
     }
-    wanted = kinds[form]
-    sizes = {"values": sum(value.size for value in known.values())}
-    sizes["scales"] = sum(prod(scale_shape(value.shape)) for value in known.values())
-    for name, kind in wanted.items():
-        if name not in arrays or set(arrays) != set(wanted):
-            raise ValueError(f"holds other arrays than {', '.join(wanted)}")
-        if arrays[name].dtype != kind or arrays[name].shape != (sizes[name],):
-            raise ValueError(
-                f"{name} is {arrays[name].dtype} {arrays[name].shape}, not {np.dtype(kind)} ({sizes[name]},)"
-            )
+    if set(arrays) != set(wanted):
+        raise ValueError(f"holds other arrays than {', '.join(wanted)}")
+    for name, (kind, size) in wanted.items():
+        if arrays[name].dtype != kind or arrays[name].shape != (size,):
+            raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}, not {np.dtype(kind)} ({size},)")
     adapter, position, row = {}, 0, 0
     for name, value in sorted(known.items()):
         difference = arrays["values"][position : position + value.size].reshape(value.shape).astype(np.float32)
         position += value.size
-        if form == "int8":
-            shape = scale_shape(value.shape)
-            difference *= arrays["scales"][row : row + prod(shape)].reshape(shape)
-            row += prod(shape)
-        adapter[name] = value + difference
+        shape = scale_shape(value.shape)
+        adapter[name] = value + difference * arrays["scales"][row : row + prod(shape)].reshape(shape)
+        row += prod(shape)
     return adapter
+
+
+def payload_bytes(shapes: Mapping[str, tuple[int, ...]], form: str) -> int:
+    """Bytes of the arrays that travel for an adapter of these shapes; numpy puts 128 before each."""
+    size = sum(prod(shape) for shape in shapes.values())
+    if form == "fp32":
+        return 4 * size + 128 * len(shapes)
+    scales = sum(prod(scale_shape(shape)) for shape in shapes.values())
+    return np.dtype(FORMS[form][0]).itemsize * size + 4 * scales + 2 * 128
+
+
+def digest(adapter: Adapter) -> str:
+    """SHA-256 of all names and values: whether two sides hold the same adapter."""
+    hashed = hashlib.sha256()
+    for name in sorted(adapter):
+        hashed.update(name.encode())
+        hashed.update(adapter[name].tobytes())
+    return hashed.hexdigest()
 
 
 def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:

@@ -36,6 +36,7 @@ from training import Task, by_length, collate
 from utils import bytes_text, peak_resident_bytes, quiet_libraries
 
 CLIENTS = 20
+RATE = 5e-5
 
 
 def settings(options: argparse.Namespace, folder: Path) -> RunConfig:
@@ -65,9 +66,9 @@ class Limit:
 
     def round(self, number: int, client: int) -> dict[str, int]:
         config, arguments = self.config, self.config.train.training_arguments
-        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 5e-5, weight_decay=0.0)
+        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], RATE, weight_decay=0.0)
         count = config.batch_size * arguments["max_steps"]
-        chosen = fresh_rows(self.worker.training_rows(client), number * count, count, config.seed, client)
+        chosen = fresh_rows(self.worker.training_rows(client), 0, count, config.seed, client)
         partition = self.worker.partition(client)
         rows = by_length([partition.row(index) for index in chosen], config.batch_size)
         padded = 0
@@ -89,12 +90,14 @@ class Limit:
 
 
 class Suite:
+    """One client-round of this suite."""
+
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.adapter = adapters.get_adapter(worker.model)
 
     def round(self, number: int, client: int) -> dict[str, int]:
-        self.adapter, report = fine_tune(self.worker, self.adapter, client, Task(number + 1, 5e-5, number * 160))
+        self.adapter, report = fine_tune(self.worker, self.adapter, client, Task(number + 1, RATE))
         return {"tokens": int(report["tokens"]), "padded": int(report["padded_tokens"])}
 
 
@@ -124,12 +127,12 @@ class Naive:
                 args=SFTConfig(
                     output_dir=folder, per_device_train_batch_size=config.batch_size, max_steps=arguments["max_steps"],
                     max_length=config.train.seq_length, gradient_checkpointing=True, report_to="none", use_cpu=True,
-                    save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=False, learning_rate=5e-5,
+                    save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=False, learning_rate=RATE,
                     dataloader_pin_memory=False,
                 ),
                 train_dataset=self.worker.raw_rows(client).map(
                     lambda row: {
-                        "prompt": f"### Instruction:\n{row['instruction']}\n### Response:\n",
+                        "prompt": f"### Instruction:\n{row['instruction']}\n{row['input']}\n### Response:\n",
                         "completion": row["output"],
                     },
                     remove_columns=["instruction", "input", "output"],
@@ -161,15 +164,20 @@ def timed(play: Callable[[int, int], dict[str, int]], number: int, client: int) 
 
 
 def measure(config: RunConfig, pairs: int, naive_rounds: int) -> dict[str, list[dict[str, float]]]:
-    """`pairs` alternating client-rounds of each kind, after one to warm up."""
+    """`pairs` alternating client-rounds of each kind, in both orders, each pair on a client of its own.
+
+    Before, one round of each warms up, and the tokens of all clients are made: the suite does that once a run.
+    """
     worker = Worker(config)
     contenders = {"limit": Limit(config, worker), "suite": Suite(worker), "naive": Naive(config, worker)}
+    for client in range(min(CLIENTS, pairs + 1)):
+        worker.partition(client)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for number in range(pairs + 1):
-        for name, contender in contenders.items():
+        for name in sorted(contenders, reverse=number % 2 == 0):
             if name == "naive" and number > naive_rounds:
                 continue
-            result = timed(contender.round, number, number % CLIENTS)
+            result = timed(contenders[name].round, number, number % CLIENTS)
             if number:
                 times[name].append(result)
                 print(f"pair {number}  {name:<6} {result['seconds']:6.2f} s", file=sys.stderr)
@@ -179,6 +187,8 @@ def measure(config: RunConfig, pairs: int, naive_rounds: int) -> dict[str, list[
 def summarize(times: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, results in times.items():
+        if not results:
+            continue
         seconds = [result["seconds"] for result in results]
         rows[name] = {
             "median_s": statistics.median(seconds),
@@ -188,11 +198,11 @@ def summarize(times: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
             "padded_tokens": int(np.mean([result["padded"] for result in results])),
         }
 
-    def ratio(first: str, second: str) -> float:
-        """Median over the pairs: both of a pair ran one after the other, on the same rows."""
-        return statistics.median(a["seconds"] / b["seconds"] for a, b in zip(times[first], times[second], strict=False))
-
-    return rows | {"suite/limit": ratio("suite", "limit"), "naive/suite": ratio("naive", "suite")}
+    for first, second in (("suite", "limit"), ("naive", "suite")):
+        # of a pair: both ran at about the same time, on rows of the same client
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(times[first], times[second], strict=False)]
+        rows[f"{first}/{second}"] = statistics.median(ratios) if ratios else None
+    return rows
 
 
 def main() -> None:
@@ -202,7 +212,7 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, help="local file with instruction, input, output")
     parser.add_argument("--quantization", choices=["4", "8", "none"], default="4")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--naive-rounds", type=int, default=5)
+    parser.add_argument("--naive-rounds", type=int, default=5, help="naive takes long: run it in the first pairs only")
     parser.add_argument("--output", type=Path, help="write the results as JSON")
     parser.add_argument("overrides", nargs="*", help="settings, as for main.py")
     options = parser.parse_args()
@@ -216,11 +226,13 @@ def main() -> None:
           f"quantization {config.model.quantization}, {results['machine']}")  # fmt: skip
     print(f"{'':<8}{'median':>9}{'spread':>18}{'tokens':>9}{'with padding':>14}")
     for name in ("limit", "suite", "naive"):
+        if name not in results:
+            continue
         row = results[name]
         spread = f"{row['min_s']:.2f}-{row['max_s']:.2f} s"
         print(f"{name:<8}{row['median_s']:>7.2f} s{spread:>18}{row['tokens']:>9}{row['padded_tokens']:>14}")
-    print(f"suite/limit {results['suite/limit']:.3f}   naive/suite {results['naive/suite']:.2f}   "
-          f"peak memory {bytes_text(results['peak_memory_bytes'])}")  # fmt: skip
+    ratios = [f"{name} {results[name]:.3f}" for name in ("suite/limit", "naive/suite") if results[name]]
+    print("   ".join([*ratios, f"peak memory of all together {bytes_text(results['peak_memory_bytes'])}"]))
     if options.output:
         options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

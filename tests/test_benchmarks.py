@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+import model as adapters
 from benchmarks import gpu, round_time, workload
 from client import Worker
 from tests.conftest import small
@@ -49,8 +51,24 @@ def test_documentation_rows_are_real_and_of_all_lengths():
     assert {bool(row["input"]) for row in rows} == {True, False}
 
 
-def test_limit_and_suite_train_on_the_same_rows():
+def test_limit_and_suite_do_the_same_work():
     config = small()
     worker = Worker(config)
     limit, suite = round_time.Limit(config, worker), round_time.Suite(worker)
+    adapters.set_adapter(limit.model, suite.adapter)
     assert limit.round(0, 1) == suite.round(0, 1)
+    untrained = worker.untrained
+    moved = np.concatenate([(suite.adapter[name] - untrained[name]).ravel() for name in untrained])
+    plain = adapters.get_adapter(limit.model)
+    apart = np.concatenate([(suite.adapter[name] - plain[name]).ravel() for name in untrained])
+    assert np.linalg.norm(moved) > 0
+    assert np.linalg.norm(apart) < 1e-2 * np.linalg.norm(moved)
+
+
+@pytest.mark.parametrize("naive_rounds", [0, 1])
+def test_round_time_reports_ratios_of_pairs(naive_rounds):
+    results = round_time.summarize(round_time.measure(small(), pairs=2, naive_rounds=naive_rounds))
+    assert results["limit"]["tokens"] == results["suite"]["tokens"]
+    assert results["suite/limit"] > 0
+    assert ("naive" in results) == bool(naive_rounds)
+    assert bool(results["naive/suite"]) == bool(naive_rounds)

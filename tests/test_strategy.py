@@ -41,7 +41,8 @@ def test_metrics_of_a_round_add_up(finished):
     assert [line["round"] for line in lines] == [1, 2, 3]
     adapter_bytes = sum(value.nbytes + 128 for value in federation.state.adapter.values())  # with numpy's headers
     for line in lines:
-        assert line["bytes_down"] == line["bytes_up"] == 2 * adapter_bytes
+        assert line["bytes_up"] == 2 * adapter_bytes
+        assert line["bytes_down"] == 4 * adapter_bytes  # to two clients that train, and to two that evaluate
         assert line["rows"] == 2 * 2 * 4  # clients, steps, rows a step
         assert len(line["clients"]) == 2
         train = federation.config.train

@@ -4,12 +4,16 @@ import re
 
 import numpy as np
 import pytest
+from flwr.app import Message, RecordDict
+from flwr.serverapp.strategy import FedAvg
 
 import client
 import transfer
 from client import Site, client_app
+from strategy import RunError
 from tests.conftest import LocalGrid, make_federation, run_locally, small
 from tests.test_strategy import Sabotage
+from transfer import to_record
 
 
 def lora_like(seed: int, scale: float = 1e-3) -> dict[str, np.ndarray]:
@@ -39,14 +43,38 @@ def test_int8_keeps_the_largest_entry_of_each_rank_and_nothing_of_no_change():
     np.testing.assert_array_equal(transfer.decode(nothing, known, "int8")["b"], known["b"])
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e6])
+def test_fp16_keeps_differences_that_float16_itself_could_not_hold(size):
+    known = {name: np.zeros_like(value) for name, value in lora_like(0).items()}
+    adapter = lora_like(1, scale=size)
+    back = transfer.decode(transfer.encode(adapter, known, "fp16"), known, "fp16")
+    for name, value in adapter.items():
+        assert np.linalg.norm(back[name] - value) <= 3e-4 * np.linalg.norm(value)
+
+
+@pytest.mark.parametrize("form", ["fp16", "int8"])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_finite_does_not_become_finite(form):
+    known = lora_like(0)
+    adapter = {name: value.copy() for name, value in known.items()}
+    adapter["a.lora_A"][2, 3], adapter["a.lora_B"][1, 1] = np.nan, np.inf
+    back = transfer.decode(transfer.encode(adapter, known, form), known, form)
+    assert not np.isfinite(back["a.lora_A"]).all()
+    assert not np.isfinite(back["a.lora_B"]).all()
+
+
 @pytest.mark.parametrize(
     ("form", "arrays", "reason"),
     [
         ("int8", {"values": np.zeros(1344, np.int8)}, "other arrays than scales, values"),
         ("int8", {"values": np.zeros(9, np.int8), "scales": np.zeros(17, np.float32)}, "values is int8 (9,)"),
         ("int8", {"values": np.zeros(1344, np.int8), "scales": np.zeros(17)}, "scales is float64"),
-        ("fp16", {"values": np.zeros(1344, np.float32)}, "values is float32 (1344,), not float16 (1344,)"),
-        ("fp16", {"values": np.zeros(1344, np.float16), "x": np.zeros(1)}, "other arrays than values"),
+        (
+            "fp16",
+            dict(values=np.zeros(1344), scales=np.zeros(17, np.float32)),
+            "values is float64 (1344,), not float16",
+        ),
+        ("fp16", {"values": np.zeros(1344, np.float16), "x": np.zeros(1)}, "other arrays than scales, values"),
     ],
 )
 def test_arrays_that_are_no_difference_are_refused(form, arrays, reason):
@@ -105,5 +133,34 @@ def test_reply_that_is_no_difference_is_left_out_by_name(tmp_path):
 
 def test_evaluation_works_over_every_form(tmp_path):
     config = small("transfer=fp16", "dataset.holdout=0.1", "strategy.fraction_evaluate=0.5", "num_rounds=1")
-    federation, _ = run_locally(config, tmp_path)
+    federation, summary = run_locally(config, tmp_path)
     assert federation.progress.rounds[0]["eval_loss"] > 0
+    shapes = {name: value.shape for name, value in federation.initial.items()}
+    assert summary["bytes_up"] == 2 * transfer.payload_bytes(shapes, "fp16")
+    assert summary["bytes_down"] == 2 * summary["bytes_up"]  # two clients are sent it to train, two to evaluate
+
+
+def test_client_that_starts_from_another_adapter_says_so(tmp_path, monkeypatch):
+    other = property(lambda worker: lora_like(3))
+    monkeypatch.setattr(client.Worker, "initial", other)
+    with pytest.raises(RunError, match="this client makes another initial adapter than the server"):
+        run_locally(small("transfer=int8", "num_rounds=1"), tmp_path)
+
+
+class ToEachItsOwn(FedAvg):
+    """Sends every client an adapter of its own, as personalising strategies do."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        for position, message in enumerate(super().configure_train(server_round, arrays, config, grid)):
+            content = RecordDict(dict(message.content))
+            content["arrays"] = to_record({k: v.numpy() + np.float32(position) for k, v in arrays.items()})
+            yield Message(content, message.metadata.dst_node_id, message.metadata.message_type)
+
+
+def test_reply_is_added_to_what_its_own_client_was_sent(tmp_path):
+    """The clients do not train at all here, so each returns what it received: the mean lies half a step above."""
+    unchanged = small("strategy._target_=tests.test_transfer.ToEachItsOwn", "transfer=fp16", "num_rounds=1",
+                      "train.learning_rate_max=1e-30", "train.learning_rate_min=0")  # fmt: skip
+    federation, _ = run_locally(unchanged, tmp_path)
+    for name, value in federation.state.adapter.items():
+        np.testing.assert_allclose(value, federation.initial[name] + 0.5, atol=1e-6)
