@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, TextStreamer, set_seed
 import model as adapters
 from config import ModelConfig, SettingsError
 from dataset import as_message, encode_prompt, find_template
-from utils import quiet_transformers
+from runfolder import folder_of, rounds_in
+from utils import DIGESTS_FILE, quiet_transformers, torn_files
 
 RUN_FOLDER_LOOK = (
     "a run folder holds peft_<round>/ folders, each with adapter_config.json and adapter_model.safetensors"
@@ -46,11 +47,18 @@ def find_checkpoint(name: str) -> Path:
     if not folder.is_dir():
         raise SettingsError(f"--peft-path={name}: no such folder; {RUN_FOLDER_LOOK}")
     if (folder / adapters.ADAPTER_CONFIG_FILE).is_file():
-        return folder
-    numbered = [path for path in folder.glob("peft_*") if path.name.removeprefix("peft_").isdigit()]
-    if not numbered:
+        return whole(folder)
+    rounds = rounds_in(folder)
+    if not rounds:
         raise SettingsError(f"--peft-path={name}: no adapter here; {RUN_FOLDER_LOOK}")
-    return max(numbered, key=lambda path: int(path.name.removeprefix("peft_")))
+    return whole(folder_of(folder, rounds[0]))
+
+
+def whole(checkpoint: Path) -> Path:
+    """`checkpoint`, unless it says itself that it is damaged."""
+    if (checkpoint / DIGESTS_FILE).exists() and (torn := torn_files(checkpoint)):
+        raise SettingsError(f"--peft-path={checkpoint}: damaged ({', '.join(torn)}); name another checkpoint")
+    return checkpoint
 
 
 def base_settings(checkpoint: Path, quantization: str | None, trust: bool = False) -> ModelConfig:

@@ -6,7 +6,6 @@ libraries are imported by the work itself, or live in the node's resident worker
 
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 import resident
+import runfolder
 from resident import replied
 
 OVERRIDES = "overrides"  # the one run-config key: Hydra overrides, separated by blanks as in a shell
@@ -25,11 +25,15 @@ server = ServerApp()
 @server.main()
 def serve(grid: Grid, context: Context) -> None:
     """A deployed run: as in simulation, with results in a run folder below the SuperLink's working folder."""
-    folder = new_folder(Path.cwd() / "outputs")
+    overrides = shlex.split(str(context.run_config.get(OVERRIDES, "")))
+    resumed = [Path(text.partition("=")[2].strip("'\"")) for text in overrides if text.startswith("resume=")]
+    folder = resumed[-1] if resumed else new_folder(Path.cwd() / "outputs")
     try:
-        play(grid, shlex.split(str(context.run_config.get(OVERRIDES, ""))), folder)
+        play(grid, overrides, folder)
     except Exception as error:
         print(f"error: {error}\nlog: {folder / 'main.log'}", flush=True)
+        if runfolder.command_to_go_on(folder):
+            print(f"to go on: the same settings, and resume={shlex.quote(str(folder))}", flush=True)
         raise
 
 
@@ -38,8 +42,6 @@ def play(grid: Grid, overrides: list[str], folder: Path) -> None:
     from utils import log_to_file
 
     log_to_file(folder / "main.log")
-    from omegaconf import OmegaConf
-
     from compose import compose
     from dataset import read_template
     from model import read_tokenizer
@@ -47,11 +49,12 @@ def play(grid: Grid, overrides: list[str], folder: Path) -> None:
     from strategy import Federation
 
     config = compose(overrides, "deployment")
-    OmegaConf.save(asdict(config), folder / ".hydra" / "config.yaml")
-    OmegaConf.save(overrides, folder / ".hydra" / "overrides.yaml")
-    template = read_template(config.dataset, read_tokenizer(config.model))
-    with RunProgress(config.num_rounds) as progress:
-        summary = Federation(config, folder, template, progress).run(grid)
+    with runfolder.claimed(folder, config, overrides) as going_on, RunProgress(config.num_rounds) as progress:
+        template = read_template(config.dataset, read_tokenizer(config.model))
+        federation = Federation(config, folder, template, progress)
+        if going_on:
+            federation.restore()
+        summary = federation.run(grid)
     print(summary_line(summary))
     print(f"results: {folder}", flush=True)
 
@@ -62,7 +65,7 @@ def new_folder(below: Path) -> Path:
     while True:
         folder = below / moment.strftime("%Y-%m-%d/%H-%M-%S")
         try:
-            (folder / ".hydra").mkdir(parents=True)
+            folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             moment += timedelta(seconds=1)

@@ -37,7 +37,8 @@ from dataset import (
     split_holdout,
     tokenize_rows,
 )
-from model import Adapter
+from memory import advice
+from model import Adapter, first_sentence
 from resident import replied
 from training import Task, by_length, loss_on, make_trainer, padded_tokens, peak_memory_bytes, train_on
 from transfer import to_record
@@ -108,15 +109,14 @@ class Worker:
         """
         if partition_id not in self.partitions:
             file = self.cache_folder / f"partition_{partition_id}.safetensors" if self.cache_folder else None
-            if file and file.exists():
-                self.partitions[partition_id] = load_partition(file)
-            else:
+            kept = load_partition(file) if file else None
+            if kept is None:
                 rows = self.raw_rows(partition_id)
-                made = tokenize_rows(rows, self.tokenizer, self.template, self.config.train.seq_length)
+                kept = tokenize_rows(rows, self.tokenizer, self.template, self.config.train.seq_length)
                 self.counts["tokenizations"] += 1
-                self.partitions[partition_id] = made
                 if file:
-                    save_partition(made, file)
+                    save_partition(kept, file)
+            self.partitions[partition_id] = kept
         partition = self.partitions[partition_id]
         if not len(partition):
             raise ValueError(
@@ -261,7 +261,11 @@ def train(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
     )
     worker, form = resident_worker(site), site.config.transfer
     received = received_adapter(worker, content)
-    adapter, report = fine_tune(worker, received, partition_id, task)
+    try:
+        adapter, report = fine_tune(worker, received, partition_id, task)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise RuntimeError(f"out of GPU memory ({first_sentence(error)}); it helps: {advice(site.config)}") from None
     arrays = to_record(transfer.encode(adapter, received, form))
     return RecordDict({"arrays": arrays, "metrics": MetricRecord(report), "worker": worker_record()})
 
@@ -305,6 +309,6 @@ def received_adapter(worker: Worker, content: RecordDict) -> Adapter:
     if content["config"]["initial-sha256"] != transfer.digest(worker.initial):
         raise ValueError(
             f"transfer={worker.config.transfer}: this client makes another initial adapter than the server (another "
-            "version of torch or peft, or another base model?); use transfer=fp32"
+            "version of peft or numpy, or another base model?); use transfer=fp32"
         )
     return transfer.decode(arrays, worker.initial, worker.config.transfer)

@@ -20,9 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from runfolder import ERROR_FILE, METRICS_FILE, RESULTS_FILE, RESUME, SETTINGS_FILE
 from utils import bytes_text, plot_comparison, seconds_text, totals_so_far
 
-ERROR_FILE, SETTINGS_FILE = "error.txt", "settings.json"
 COMPLETE, FAILED, INTERRUPTED = "complete", "failed", "interrupted"
 NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column -> (key of results.json, how people read it)
     "final loss": ("final_train_loss", "{:.4f}".format),
@@ -49,7 +49,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """The run in `folder`, whatever became of it; what can not be read is taken for missing."""
-    metrics, facts = read_lines(folder / "metrics.jsonl"), read_object(folder / "results.json")
+    metrics, facts = read_lines(folder / METRICS_FILE), read_object(folder / RESULTS_FILE)
     said = read_text(folder / ERROR_FILE).strip()
     status = COMPLETE if facts else FAILED if said else INTERRUPTED
     noted = read_object(folder / SETTINGS_FILE).get("overrides")
@@ -94,8 +94,8 @@ def hydras_overrides(file: Path) -> list[str]:
 
 def as_settings(overrides: Sequence[str]) -> dict[str, str]:
     """Key and value of each override."""
-    pairs = (str(override).lstrip("+~").partition("=") for override in overrides)
-    return {key: value.strip("'\"") for key, _, value in pairs if key != "resume_sweep"}
+    pairs = (str(override).lstrip("+~").partition("=") for override in overrides if not RESUME.match(str(override)))
+    return {key: value.strip("'\"") for key, _, value in pairs}
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -104,7 +104,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    if (folder / ".hydra").is_dir() or (folder / "metrics.jsonl").exists():
+    if (folder / ".hydra").is_dir() or (folder / METRICS_FILE).exists():
         yield folder
     elif folder.is_dir():
         for below in sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name)):

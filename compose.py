@@ -23,6 +23,7 @@ from config import (
     setting_names,
     suggest,
 )
+from runfolder import RESUME, may_run_code
 
 ALIASES = {"fraction_fit.fraction_fit": "strategy.fraction_fit"}
 
@@ -48,7 +49,7 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     folder = Path(folders[-1])
     try:
         overrides = OmegaConf.load(folder / "multirun.yaml").hydra.overrides
-        own = [item for item in overrides.task if not item.startswith(mark)]
+        own = [item for item in overrides.task if not RESUME.match(item)]
         engine = [item for item in overrides.hydra if not item.startswith(("hydra.sweep.dir=", "hydra.mode="))]
     except (OSError, YAMLError, OmegaConfBaseException, TypeError) as error:
         raise SettingsError(f"{mark}{folder}: not the folder of a grid sweep (its multirun.yaml is missing)") from error
@@ -57,6 +58,11 @@ def resumed(arguments: Sequence[str]) -> list[str]:
         raise SettingsError(
             f"{mark}{folder}: was started with {' '.join([*own, *engine])}; repeat that, or give nothing"
         )
+    for item in own:
+        if may_run_code(item) and item not in given:
+            raise SettingsError(
+                f"{mark}{folder}: was started with {item}, which can run code; repeat the whole command"
+            )
     place = '"' + str(folder).replace('"', '\\"') + '"'
     return ["--multirun", *own, *engine, f"{mark}{place}", f"hydra.sweep.dir={place}"]
 

@@ -83,6 +83,8 @@ class TrainConfig:
     """Rows in one forward pass. It does not change the gradient, only memory and padding."""
     save_every_round: int = ranged(1)
     """Rounds between two checkpoints; the last round is always saved."""
+    keep_checkpoints: int | None = ranged(1)
+    """How many checkpoints to keep besides the one with the lowest held-out loss; null keeps all."""
     training_arguments: dict[str, Any] = passed_on()
     """Fields of `trl.SFTConfig`."""
 
@@ -97,6 +99,12 @@ class SamplingConfig:
     """Share of the clients that evaluate the new adapter on their held-out rows after a round."""
     round_timeout_s: float = ranged(above=0.0)
     """Seconds after which a round goes on without the clients that have not answered."""
+    min_replies: int = ranged(1)
+    """Good replies that a round needs."""
+    round_retries: int = ranged(0)
+    """How often a round with too few good replies asks other clients, before the run ends."""
+    max_norm_ratio: float | None = ranged(above=1.0)
+    """An update whose norm is above this many times the round's median is dropped; null accepts all."""
 
 
 @dataclass(kw_only=True)
@@ -130,6 +138,8 @@ class RunConfig:
     dry_run: bool = MISSING
     tracker: str | None = field(default=MISSING, metadata={"allowed": (None, *TRACKERS)})
     """Where the numbers of each round go besides metrics.jsonl, through accelerate's trackers."""
+    resume: str | None = MISSING
+    """Folder of an interrupted run: it goes on behind its last checkpoint."""
     resume_sweep: str | None = MISSING
     """Folder of an interrupted sweep: its complete jobs are not run again."""
 
@@ -164,7 +174,7 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
         elif "allowed" in rule and value not in rule["allowed"]:
             known = ", ".join("null" if allowed is None else allowed for allowed in rule["allowed"])
             raise SettingsError(f"{key}={value}: use one of {known}")
-        elif "low" in rule and not in_range(value, rule):
+        elif "low" in rule and value is not None and not in_range(value, rule):
             raise SettingsError(f"{key}={value}: use {describe_range(rule)}")
 
 
@@ -206,6 +216,11 @@ def check_together(config: RunConfig) -> None:
         raise SettingsError(
             f"strategy.fraction_fit={sampling.fraction_fit}: selects none of num_clients={config.num_clients}; "
             f"use at least {1 / config.num_clients:g}"
+        )
+    if sampling.min_replies > config.clients_per_round:
+        raise SettingsError(
+            f"strategy.min_replies={sampling.min_replies}: a round has {config.clients_per_round} clients "
+            "(num_clients x strategy.fraction_fit); use at most that"
         )
     if sampling.fraction_evaluate and not share_of(config.num_clients, sampling.fraction_evaluate):
         raise SettingsError(

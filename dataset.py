@@ -8,6 +8,7 @@ never be taken for a marker or a special token.
 import csv
 import inspect
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value, disable_progress_bars, load_dataset, load_dataset_builder
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -25,6 +26,8 @@ from utils import generator, local_path, shipped_path
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("instruction", "input", "output")
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -324,18 +327,26 @@ def tokenize_rows(
 
 
 def save_partition(partition: Partition, path: Path) -> None:
-    """Keep a tokenized partition for the run's other workers. Safe when two write the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Keep a tokenized partition for the run's other workers, if there is room. Safe when two write the same one."""
     beside = path.with_suffix(f".{os.getpid()}")
     arrays = {"ids": partition.ids, "starts": partition.starts, "prompts": partition.prompts}
-    save_file(arrays, beside, metadata={key: str(count) for key, count in partition.counts.items()})
-    beside.replace(path)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_file(arrays, beside, metadata={key: str(count) for key, count in partition.counts.items()})
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        log.warning("%s: the other workers must tokenize it again (%s)", path.name, error)
+        beside.unlink(missing_ok=True)
 
 
-def load_partition(path: Path) -> Partition:
-    with safe_open(path, framework="np") as file:
-        counts = {key: int(count) for key, count in file.metadata().items()}
-    return Partition(counts=counts, **load_file(path))
+def load_partition(path: Path) -> Partition | None:
+    """What `save_partition` kept; None if it is not there, or damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            counts = {key: int(count) for key, count in file.metadata().items()}
+        return Partition(counts=counts, **load_file(path))
+    except (OSError, SafetensorError):
+        return None
 
 
 # --- which rows, and in which order ---------------------------------------------------------------

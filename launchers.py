@@ -231,9 +231,10 @@ def submit(options: argparse.Namespace) -> int:
             raise LaunchError(f"{override}: is not KEY=VALUE")
     from compose import compose
 
-    compose(options.overrides, "deployment")  # a wrong setting is answered here, not by a failed run
+    given = going_on(options.overrides)
+    compose(given, "deployment")  # a wrong setting is answered here, not by a failed run
     check_connection(options)
-    overrides = f"overrides={toml_text(shlex.join(options.overrides))}"
+    overrides = f"overrides={toml_text(shlex.join(given))}"
     command = [tool("flwr"), "run", str(SUITE_FOLDER), "launcher", "--stream", "--run-config", overrides]
     with connection_folder(options) as environment:
         run = Run(command, environment)
@@ -250,6 +251,17 @@ def submit(options: argparse.Namespace) -> int:
             raise
     print(f"run {run.id}: {status}")
     return 0 if status == "finished:completed" else 1
+
+
+def going_on(overrides: Sequence[str]) -> list[str]:
+    """`overrides`; behind `resume=FOLDER` stand the settings of the run in FOLDER, if that is on this machine."""
+    from runfolder import SETTINGS_FILE, continued
+
+    folders = [Path(text.partition("=")[2]).resolve() for text in overrides if text.startswith("resume=")]
+    if not folders or not (folders[-1] / SETTINGS_FILE).exists():
+        return list(overrides)
+    others = [text for text in overrides if not text.startswith("resume=")]
+    return [text for text in continued([*others, f"resume={folders[-1]}"]) if not text.startswith("hydra.")]
 
 
 @contextmanager

@@ -1,23 +1,28 @@
 """python main.py [KEY=VALUE ...]: federated fine-tuning, simulated on this machine or on a Ray cluster.
 
 Composes the settings, checks them, runs the simulation and says where the results are. Exit codes: 0
-the run is complete, 1 it failed, 2 a setting has to be changed.
+the run is complete, 1 it failed, 2 a setting has to be changed, 130 or 143 Ctrl-C or SIGTERM stopped it.
 """
 
+import logging
 import math
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import compare
 import engine
+import runfolder
+import stopping
 from compose import canonical, checked, one_line, resumed
 from config import CONFIG_FOLDER, SettingsError
 
@@ -28,12 +33,13 @@ exit_codes: list[int] = []  # of the jobs of this command line
 def job(cfg: DictConfig) -> float:
     """One run, or one job of a sweep; returns the final training loss, for sweepers."""
     folder, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
-    used = (folder / compare.SETTINGS_FILE).exists()
+    used = runfolder.is_used(folder)
     try:
         config = checked(cfg)
-        if config.resume_sweep and (done := compare.read_run(folder)).status == compare.COMPLETE:
+        if (config.resume or config.resume_sweep) and (done := compare.read_run(folder)).status == compare.COMPLETE:
             if done.settings != compare.as_settings(overrides):
-                raise SettingsError(f"resume_sweep={config.resume_sweep}: {folder} holds a run with other settings")
+                raise SettingsError(f"{folder} holds a complete run with other settings; choose another folder")
+            print(f"{folder}: complete since before")
             return float(done.results["final_train_loss"])
         if not config.dry_run:
             engine.check_machine(config)
@@ -41,11 +47,28 @@ def job(cfg: DictConfig) -> float:
         import simulation  # the model libraries take seconds: settings are checked first
 
         return simulation.show_plan(config, folder) if config.dry_run else simulation.run(config, folder, overrides)
+    except KeyboardInterrupt:
+        say_how_to_go_on(folder)
+        raise
     except Exception as error:
         exit_codes.append(report(error))
-        if not used or "resume_sweep" in str(overrides):  # else the folder is another run's
-            (folder / compare.ERROR_FILE).write_text(f"{error or repr(error)}\n", encoding="utf-8")
+        going_on = any(map(runfolder.RESUME.match, overrides))
+        if not used or going_on:  # else the folder is another run's
+            with suppress(OSError):
+                (folder / runfolder.ERROR_FILE).write_text(f"{error or repr(error)}\n", encoding="utf-8")
+            if exit_codes[-1] == 1 and not in_sweep():
+                say_how_to_go_on(folder)
         return math.inf
+
+
+def say_how_to_go_on(folder: Path) -> None:
+    """Print the command that goes on with this run, or with its sweep, if there is something to go on with."""
+    if command := runfolder.command_to_go_on(folder, Path(HydraConfig.get().sweep.dir) if in_sweep() else None):
+        print(f"to go on: {command}", file=sys.stderr)
+
+
+def in_sweep() -> bool:
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def report(error: Exception) -> int:
@@ -62,12 +85,14 @@ def report(error: Exception) -> int:
 def main() -> int:
     """Run the command line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of into Hydra's own report
+    logging.raiseExceptions = False  # a log that can not be written must not bury the reason
     try:
-        sys.argv[1:] = resumed(canonical(sys.argv[1:]))
+        stopping.listen()
+        sys.argv[1:] = runfolder.continued(resumed(canonical(sys.argv[1:])))
         job()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("stopped", file=sys.stderr)
-        return 130
+        return getattr(stopped, "exit_code", 130)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         return report(error)
     except OSError as error:

@@ -28,12 +28,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from config import ModelConfig, SettingsError, check_keywords
-from utils import file_sha256, local_path, write_json
+from utils import local_path, torn_files, write_digests
 
 log = logging.getLogger(__name__)
 
 Adapter = dict[str, np.ndarray]
-DIGESTS_FILE = "sha256.json"
 
 ADAPTER_FILE, ADAPTER_CONFIG_FILE, TEMPLATE_FILE = (
     "adapter_model.safetensors",
@@ -199,7 +198,7 @@ def load_cached(cfg: ModelConfig, device: str | None) -> Any:
         with tempfile.TemporaryDirectory(prefix=f".{entry.name}.", dir=entry.parent) as beside:
             whole, old = Path(beside) / "whole", Path(beside) / "old"
             base.save_pretrained(whole)
-            write_json(whole / DIGESTS_FILE, {file.name: file_sha256(file) for file in sorted(whole.iterdir())})
+            write_digests(whole)
             if entry.is_dir() and (torn := torn_files(entry)):
                 log.warning("%s: %s changed since it was written; made anew", entry, ", ".join(torn))
                 entry.rename(old)
@@ -208,16 +207,6 @@ def load_cached(cfg: ModelConfig, device: str | None) -> Any:
     except Exception as error:  # a full disk, a folder that can not be written: the model is here all the same
         log.warning("model.cache_folder=%s: the quantized model is not kept (%s)", cfg.cache_folder, error)
     return base
-
-
-def torn_files(entry: Path) -> list[str]:
-    """Files of a cache entry that are missing, new, or not what was written: damage, not an attacker, is found."""
-    try:
-        digests = dict(json.loads((entry / DIGESTS_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return [DIGESTS_FILE]
-    there = {file.name for file in entry.iterdir()} - {DIGESTS_FILE}
-    return sorted(name for name in there | set(digests) if file_sha256(entry / name) != digests.get(name))
 
 
 def cache_key(cfg: ModelConfig) -> str:

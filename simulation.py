@@ -4,26 +4,27 @@ import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 import plan
+import runfolder
 from client import Site
-from compare import SETTINGS_FILE
 from config import RunConfig
 from engine import worker_grid
 from progress import RunProgress, summary_line
 from strategy import Federation
 from tracking import start_tracker
-from utils import quiet_libraries, write_json
+from utils import quiet_libraries
 
 TOKEN_CACHE = ".tokens"
 
 
 def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float:
     """Check that the run can work, run it, say where the results are; returns the final training loss.
+
+    A run that was interrupted in `folder` goes on, if `resume` or `resume_sweep` says so.
 
     Raises:
         SettingsError: before the first round, if it can not work.
@@ -32,19 +33,23 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     console = Console(highlight=False)
     quiet_libraries()
     plan.check_names(config)
-    plan.check_folder(folder, fresh=config.resume_sweep is not None)
-    write_json(folder / SETTINGS_FILE, {"overrides": list(overrides), "settings": asdict(config)})
     cache = folder / TOKEN_CACHE
     with ExitStack() as stack:
+        going_on = stack.enter_context(runfolder.claimed(folder, config, overrides))
+        shutil.rmtree(cache, ignore_errors=True)  # of a process that was killed
         stack.callback(shutil.rmtree, cache, ignore_errors=True)
         tracker = start_tracker(config, folder)
         if tracker:
             stack.callback(tracker.finish)
         grid = stack.enter_context(worker_grid(Site(config, False, cache, folder / "main.log")))
-        template = plan.check_inputs(config)  # while the workers load the base model
+        template, data = plan.check_inputs(config)  # while the workers load the base model
+        runfolder.check_data(folder, data)
         progress = stack.enter_context(RunProgress(config.num_rounds, console, tracker))
+        federation = Federation(config, folder, template, progress)
         try:
-            summary = Federation(config, folder, template, progress).run(grid)
+            if going_on:
+                federation.restore()
+            summary = federation.run(grid)
         except Exception as error:
             logging.getLogger(__name__).error("the run failed", exc_info=error)
             raise

@@ -6,28 +6,46 @@ from (seed, round) by partition id, because Flower's node ids are random in ever
 """
 
 import functools
+import json
 import logging
-import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import hydra
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from hydra.utils import get_class
 from peft import LoraConfig
+from safetensors import SafetensorError
 
+import checkpoint
 import model as adapters
+import stopping
 import transfer
-from config import RunConfig, SettingsError, check_keywords, share_of
+from checkpoint import State
+from config import RunConfig, SamplingConfig, SettingsError, check_keywords, share_of
+from guard import (
+    EVALUATION,
+    PARTS,
+    TOTALS,
+    check_adapter,
+    check_reply,
+    check_report,
+    metrics_of,
+    outliers,
+    process_of,
+    update_norm,
+)
 from model import Adapter
+from runfolder import METRICS_FILE, RESULTS_FILE, folder_of, rounds_in
 from transfer import to_record
 from utils import (
     append_json_line,
@@ -39,16 +57,13 @@ from utils import (
     read_json_lines,
     totals_so_far,
     write_json,
+    write_whole,
 )
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5  # of a SuperLink; each poll is a request that takes some of its processor
 NODE_UNAVAILABLE = ErrorCode.NODE_UNAVAILABLE
-PARTS = ("load_s", "data_s", "train_s")
-TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "cut", "model_loads", "tokenizations")
-REPORT = frozenset((*PARTS, *TOTALS, "total_s", "num-examples", "train_loss", "peak_memory_bytes"))
-EVALUATION = frozenset(("eval_loss", "eval_token_accuracy", "num-examples", "total_s"))
 
 
 class RunError(RuntimeError):
@@ -59,6 +74,7 @@ class Progress(Protocol):
     """Where the server says how far it is. See progress.py."""
 
     def say(self, message: str) -> None: ...
+    def going_on(self, round_number: int) -> None: ...
     def round_done(self, record: Mapping[str, Any]) -> None: ...
     def warn(self, message: str) -> None: ...
 
@@ -82,7 +98,7 @@ def make_strategy(config: RunConfig) -> Strategy:
         raise SettingsError(
             f"strategy._target_={target}: not a message-based Flower strategy (flwr.serverapp.strategy)"
         )
-    own = ("fraction_fit", "fraction_evaluate", "round_timeout_s")
+    own = {entry.name for entry in fields(SamplingConfig)}
     arguments = {key: value for key, value in config.strategy.items() if key not in own}
     decided = {
         "fraction_train": "set strategy.fraction_fit",
@@ -114,50 +130,6 @@ def sample(partitions: Iterable[int], count: int, *key: str | int) -> list[int]:
     return sorted(int(partition) for partition in drawn)
 
 
-def check_reply(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why a training reply can not be aggregated, or None if it can."""
-    return check_adapter(reply, shapes) or check_report(reply, REPORT)
-
-
-def check_adapter(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why the adapter in a reply can not be used, or None: these tensors, these shapes, finite float32."""
-    if reply.has_error():
-        return str(reply.error.reason)
-    records = list(reply.content.array_records.values())
-    if len(records) != 1:
-        return f"holds {len(records)} array records, not one"
-    if list(records[0]) != sorted(shapes):
-        return "holds other tensors than the adapter has"
-    for name, array in records[0].items():
-        try:
-            value = array.numpy()  # what it really holds, whatever its label says
-        except Exception as error:
-            return f"{name} can not be read ({error})"
-        if value.shape != tuple(shapes[name]) or value.dtype != np.float32:
-            return f"{name} is {value.dtype} {value.shape}, not float32 {tuple(shapes[name])}"
-        if not np.isfinite(value).all():
-            return f"{name} is not finite"
-    return None
-
-
-def check_report(reply: Message, names: frozenset[str]) -> str | None:
-    """Why the numbers in a reply can not be used, or None: exactly these, finite, not negative, a positive weight."""
-    if reply.has_error():
-        return str(reply.error.reason)
-    reports = list(reply.content.metric_records.values())
-    if len(reports) != 1 or set(reports[0]) != names:
-        return f"does not report exactly {', '.join(sorted(names))}"
-    for name, value in reports[0].items():
-        if not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
-            return f"{name}={value} is no usable number"
-    if not reports[0]["num-examples"]:
-        return "num-examples=0 is no usable number"
-    worker = reply.content.config_records.get("worker")
-    if worker is None or not isinstance(worker.get("process"), str):
-        return "does not say which process answered"
-    return None
-
-
 class ShownNodes:
     """A Grid on which a strategy sees only the nodes that were sampled for this round."""
 
@@ -171,16 +143,6 @@ class ShownNodes:
         return getattr(self._grid, name)
 
 
-@dataclass
-class State:
-    """What a run knows after a round, besides the metrics: enough to go on from here."""
-
-    adapter: Adapter
-    round_number: int = 0
-    rows_seen: dict[int, int] = field(default_factory=dict)
-    """By partition id: rows that the client has trained on, counting repetitions."""
-
-
 class Federation:
     """One run, from asking the clients who they are to the last checkpoint."""
 
@@ -191,26 +153,36 @@ class Federation:
         self.shapes = adapters.adapter_shapes(adapters.read_config(config.model), self.lora)
         self.state = State(adapters.initial_adapter(self.shapes, self.lora, config.seed))
         self.initial = self.state.adapter
-        self.sent: dict[int, Adapter] = {}  # node id -> what its reply is a difference from, if it sends differences
+        self.sent: dict[int, Adapter] = {}  # node id -> the adapter that it trains on
         self.traffic = dict.fromkeys(("bytes_down", "bytes_up"), 0)  # since the last line of metrics.jsonl
+        self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+        self.whole = True  # adapter, strategy and metrics are those of the same round
+        self.saved = 0  # round of the newest checkpoint
+        self.waited_s = 0.0  # until the first round
         self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
         self.num_rows: dict[int, int] = {}
         self.unusable: set[int] = set()  # nodes that were left out for good
-        self.processes: set[str] = set()
-        self.started = time.perf_counter()
 
     def run(self, grid: Grid) -> dict[str, Any]:
-        """All rounds; returns the summary that results.json holds.
+        """All rounds that are left; returns the summary that results.json holds.
+
+        However it ends, the last whole round has a checkpoint.
 
         Raises:
-            RunError: if a round has no valid reply.
+            RunError: if a round has too few valid replies, or results can not be written.
         """
+        started = time.perf_counter()
         self.progress.say("waiting for the clients")
-        self.meet_clients(grid, self.config.num_clients)
-        self.complete_adapter(grid)
-        for round_number in range(self.state.round_number + 1, self.config.num_rounds + 1):
-            self.play_round(grid, round_number)
-        return self.summarize()
+        try:
+            self.meet_clients(grid, self.config.num_clients)
+            self.complete_adapter(grid)
+            self.waited_s = time.perf_counter() - started
+            for round_number in range(self.state.round_number + 1, self.config.num_rounds + 1):
+                self.play_round(grid, round_number)
+            return self.summarize()
+        except BaseException:
+            self.save_last_round()
+            raise
 
     def meet_clients(self, grid: Grid, at_least: int = 1) -> None:
         """Wait for `at_least` clients, ask those that are new who they are, and forget those that are gone.
@@ -264,7 +236,7 @@ class Federation:
 
     def complete_adapter(self, grid: Grid) -> None:
         """Fetch from one client the tensors whose first values depend on the base weights (DoRA's magnitudes)."""
-        if set(self.state.adapter) == set(self.shapes):
+        if set(self.initial) == set(self.shapes):
             return
         ask = Message(RecordDict(), self.nodes[min(self.nodes)], f"{MessageType.QUERY}.initial_adapter")
         replies = list(self.exchange(grid, [ask]).values())
@@ -272,51 +244,119 @@ class Federation:
         if fault:
             raise RunError(f"no initial adapter: {fault}")
         received: Any = replies[0].content["arrays"]
-        whole = {name: received[name].numpy() for name in self.shapes} | self.state.adapter
-        self.state.adapter = self.initial = dict(sorted(whole.items()))
+        self.initial = dict(sorted(({name: received[name].numpy() for name in self.shapes} | self.initial).items()))
+        if not self.state.round_number:
+            self.state.adapter = self.initial
 
     def play_round(self, grid: Grid, round_number: int) -> None:
         """Sample, train, check, aggregate, record; a checkpoint every `save_every_round` rounds."""
-        self.meet_clients(grid)
         start = time.perf_counter()
         train = self.config.train
         learning_rate = cosine_learning_rate(
             round_number, self.config.num_rounds, train.learning_rate_max, train.learning_rate_min
         )
-        chosen = self.choose("train", round_number, self.config.sampling.fraction_fit)
-        messages = self.messages("train", grid, round_number, chosen, **{"learning-rate": learning_rate})
-        replies = self.exchange(grid, messages)
-        good = self.guard(round_number, chosen, replies)
-        aggregating = time.perf_counter()
-        self.aggregate(round_number, [reply for _, reply in good])
-        aggregated = time.perf_counter()
-        record: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
-        record |= self.account(good) | self.evaluate(grid, round_number)
-        record |= self.traffic
-        self.traffic = dict.fromkeys(self.traffic, 0)
-        if round_number % train.save_every_round == 0 or round_number == self.config.num_rounds:
-            self.save_checkpoint()
-        record["seconds"] |= {
-            "transfer": max(0.0, aggregating - start - busiest_process(good)),
-            "aggregate": aggregated - aggregating,
-            "wall": time.perf_counter() - start,
-        }
-        append_json_line(self.folder / "metrics.jsonl", record)
+        good, dropped, retries = self.collect(grid, round_number, learning_rate)
+        with stopping.held():  # from here on a signal waits until the round is whole
+            aggregating = time.perf_counter()
+            self.aggregate(round_number, [reply for _, reply in good])
+            aggregated = time.perf_counter()
+            record: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
+            record |= self.account(good) | {"dropped": dropped, "retries": retries}
+            record |= self.evaluate(grid, round_number)
+            record |= self.traffic
+            self.traffic = dict.fromkeys(self.traffic, 0)
+            record["seconds"] |= {
+                "transfer": max(0.0, aggregating - start - busiest_process(good)),
+                "aggregate": aggregated - aggregating,
+                "wall": time.perf_counter() - start,
+            }
+            self.record(record)
         log.info("round %s: %s", round_number, record)
         self.progress.round_done(record)
 
-    def choose(self, purpose: str, round_number: int, fraction: float) -> list[int]:
-        """The partition ids of the clients that take part: `fraction` of those that are there, at least one."""
-        count = max(1, share_of(len(self.nodes), fraction))
-        return sample(self.nodes, count, purpose, self.config.seed, round_number)
+    def record(self, record: dict[str, Any]) -> None:
+        """Take a round down in metrics.jsonl; from here on it is a whole one."""
+        self.metrics.append(record)
+        self.state.elapsed_s += record["seconds"]["wall"]
+        with self.writing():
+            append_json_line(self.folder / METRICS_FILE, record)
+            self.whole = True
+            if record["round"] % self.config.train.save_every_round == 0 or record["round"] == self.config.num_rounds:
+                self.save_checkpoint()
+
+    def collect(
+        self, grid: Grid, round_number: int, learning_rate: float
+    ) -> tuple[list[tuple[int, Message]], dict[int, str], int]:
+        """Let clients train until `min_replies` replies are good; returns these by client, and what was dropped.
+
+        Raises:
+            RunError: if too few are good after `round_retries` more trials, with the first client's own traceback.
+        """
+        sampling = self.config.sampling
+        good: dict[int, Message] = {}
+        dropped: dict[int, str] = {}
+        for trial in range(sampling.round_retries + 1):
+            self.meet_clients(grid, sampling.min_replies)
+            chosen = self.choose("train", round_number, sampling.fraction_fit, trial, good, dropped)
+            messages = self.messages("train", grid, round_number, chosen, **{"learning-rate": learning_rate})
+            good |= self.guard(round_number, chosen, self.exchange(grid, messages), good, dropped)
+            good = {partition: reply for partition, reply in good.items() if partition not in dropped}
+            if len(good) >= sampling.min_replies:
+                return sorted(good.items()), dropped, trial
+            if trial < sampling.round_retries:
+                self.progress.warn(
+                    f"round {round_number}: {len(good)} good replies, {sampling.min_replies} are needed: other clients "
+                    "are asked"
+                )
+        partition, fault = next(iter(dropped.items()))
+        raise RunError(
+            f"round {round_number}: {len(good) or 'not one'} valid {'reply' if len(good) < 2 else 'replies'} "
+            f"from clients {sorted([*good, *dropped])}, strategy.min_replies={sampling.min_replies}; "
+            f"client {partition} says:\n{fault}"
+        )
+
+    def choose(
+        self,
+        purpose: str,
+        round_number: int,
+        fraction: float,
+        trial: int = 0,
+        good: Iterable[int] = (),
+        dropped: Iterable[int] = (),
+    ) -> list[int]:
+        """The partition ids of the clients that take part: `fraction` of those that are there, at least one.
+
+        In a further trial, as many as are missing behind the `good` ones: such as were not `dropped`, if there are.
+        """
+        count = max(1, share_of(len(self.nodes), fraction), self.config.sampling.min_replies if trial else 0)
+        if not trial:
+            return sample(self.nodes, min(count, len(self.nodes)), purpose, self.config.seed, round_number)
+        others = set(self.nodes) - set(good)
+        fresh, missing = others - set(dropped), count - len(set(good))
+        key = (purpose, self.config.seed, round_number, trial)
+        chosen = sample(fresh, min(missing, len(fresh)), *key)
+        again = sorted(others - fresh)
+        return sorted(chosen + sample(again, min(missing - len(chosen), len(again)), *key, "again"))
 
     def aggregate(self, round_number: int, replies: Sequence[Message]) -> None:
-        """Let the strategy make the next adapter."""
-        arrays, _ = self.strategy.aggregate_train(round_number, replies)
+        """Let the strategy make the next adapter.
+
+        Raises:
+            RunError: if it makes none, or not one of finite numbers.
+        """
+        self.whole = False
+        name = type(self.strategy).__name__
+        try:
+            arrays, _ = self.strategy.aggregate_train(round_number, replies)
+        except Exception as error:
+            log.exception("%s", name)
+            raise RunError(f"round {round_number}: {name} can not aggregate {len(replies)} replies: {error}") from error
         if arrays is None:
-            raise RunError(f"round {round_number}: the strategy returned no adapter")
-        self.state.adapter = {name: arrays[name].numpy().astype(np.float32) for name in sorted(self.shapes)}
-        self.state.round_number = round_number
+            raise RunError(f"round {round_number}: {name} made no adapter of {len(replies)} replies")
+        adapter = {name: arrays[name].numpy().astype(np.float32) for name in sorted(self.shapes)}
+        if not all(np.isfinite(value).all() for value in adapter.values()):
+            raise RunError(f"round {round_number}: {name} made an adapter of numbers that are not finite")
+        self.state.adapter, self.state.round_number = adapter, round_number
 
     def messages(
         self, purpose: str, grid: Grid, round_number: int, chosen: Sequence[int], **settings: Any
@@ -336,20 +376,23 @@ class Federation:
             record, node = message.content.array_records["arrays"], message.metadata.dst_node_id
             if id(record) not in packed:
                 packed[id(record)] = self.packed(record)
-            arrays, self.sent[node] = packed[id(record)]
-            own: dict[str, Any] = {"first-row": self.state.rows_seen.get(partition_of[node], 0), "server-round": round_number}
-            if self.sent[node]:
+            sent, self.sent[node] = packed[id(record)]
+            own: dict[str, Any] = {
+                "first-row": self.state.rows_seen.get(partition_of[node], 0),
+                "server-round": round_number,
+            }
+            if self.config.transfer != "fp32":
                 own["initial-sha256"] = self.initial_sha256
             config = ConfigRecord(dict(message.content.config_records["config"]) | own)
-            content = RecordDict(dict(message.content) | {"arrays": arrays, "config": config})
+            content = RecordDict(dict(message.content) | {"arrays": sent, "config": config})
             messages.append(Message(content, node, purpose, ttl=self.timeout_s))
         return messages
 
     def packed(self, arrays: ArrayRecord) -> tuple[ArrayRecord, Adapter]:
-        """A strategy's adapter in the form in which it travels, and itself if the answer is a difference from it."""
-        if self.config.transfer == "fp32":
-            return arrays, {}
+        """A strategy's adapter in the form in which it travels, and itself."""
         adapter = {name: array.numpy() for name, array in arrays.items()}
+        if self.config.transfer == "fp32":
+            return arrays, adapter
         return to_record(transfer.encode(adapter, self.initial, self.config.transfer)), adapter
 
     @functools.cached_property
@@ -371,41 +414,43 @@ class Federation:
         return reply
 
     def guard(
-        self, round_number: int, chosen: Sequence[int], replies: Mapping[int, Message]
-    ) -> list[tuple[int, Message]]:
-        """The replies that can be aggregated, by partition id; the others are named in the log and dropped.
+        self,
+        round_number: int,
+        chosen: Sequence[int],
+        replies: Mapping[int, Message],
+        earlier: Mapping[int, Message],
+        dropped: dict[int, str],
+    ) -> dict[int, Message]:
+        """The replies that can be aggregated, by partition id; the others are named, and noted in `dropped`.
 
-        Raises:
-            RunError: if none is left, with the first client's own traceback.
+        Args:
+            earlier: good replies of earlier trials of this round, with which the updates' sizes are compared.
         """
-        good, faults = [], {}
+        good, faults = {}, {}
         for partition in chosen:
-            node = self.nodes[partition]
-            reply = replies.get(node)
-            fault = self.fault_of(node, reply) if reply else f"no reply in {self.timeout_s:g}s"
+            dropped.pop(partition, None)  # in an earlier trial
+            reply = replies.get(self.nodes[partition])
+            fault = self.fault_of(partition, reply) if reply else f"no reply in {self.timeout_s:g}s"
             if fault:
                 faults[partition] = fault
-                self.blame(round_number, partition, "is left out", fault)
             elif reply:
-                good.append((partition, reply))
-        if not good:
-            partition, fault = next(iter(faults.items()))
-            raise RunError(
-                f"round {round_number}: not one valid reply from clients {list(chosen)}; "
-                f"client {partition} says:\n{fault}"
-            )
-        return good
+                good[partition] = reply
+        norms = {p: update_norm(reply, self.sent[self.nodes[p]]) for p, reply in {**earlier, **good}.items()}
+        faults |= outliers(norms, self.config.sampling.max_norm_ratio)
+        for partition, fault in faults.items():
+            dropped[partition] = fault
+            self.blame(round_number, partition, "is left out", fault)
+        return {partition: reply for partition, reply in good.items() if partition not in faults}
 
     def blame(self, round_number: int, partition: int, what: str, fault: str) -> None:
         """Name a client's fault: whole in the log, its last line to the user."""
         log.error("round %s: client %s %s: %s", round_number, partition, what, fault)
-        last = fault.strip().splitlines()[-1]
-        self.progress.warn(f"round {round_number}: client {partition} {what}: {last}")
+        self.progress.warn(f"round {round_number}: client {partition} {what}: {last_line(fault)}")
 
-    def fault_of(self, node: int, reply: Message) -> str | None:
+    def fault_of(self, partition: int, reply: Message) -> str | None:
         """Why a reply can not be aggregated, or None; then its adapter is in float32."""
         try:
-            return check_reply(self.unpacked(node, reply), self.shapes)
+            return check_reply(self.unpacked(self.nodes[partition], reply), self.shapes, self.num_rows[partition])
         except Exception as error:  # its arrays may be anything
             return f"its adapter can not be read: {error}"
 
@@ -419,8 +464,6 @@ class Federation:
                     f"client {partition}: {report['without_response']} rows without a response are left out"
                 )
             self.state.rows_seen[partition] = self.state.rows_seen.get(partition, 0) + int(report["rows"])
-            self.num_rows[partition] = int(report["num-examples"])
-        self.processes |= {process_of(reply) for _, reply in good}
 
         def total(name: str) -> int:
             return int(sum(report[name] for report in reports.values()))
@@ -429,7 +472,7 @@ class Federation:
             "train_loss": sum(weights[p] * reports[p]["train_loss"] for p in reports) / sum(weights.values()),
             "clients": list(reports),
             "num_examples": weights,
-            "rows_used": {p: min(self.state.rows_seen[p], self.num_rows[p]) for p in reports},
+            "rows_used": {p: int(min(self.state.rows_seen[p], weights[p])) for p in reports},
             **{name: total(name) for name in TOTALS},
             "processes": sorted({process_of(reply) for _, reply in good}),
             "peak_memory_bytes": int(max(report["peak_memory_bytes"] for report in reports.values())),
@@ -484,52 +527,79 @@ class Federation:
         return replies
 
     def save_checkpoint(self) -> None:
-        """Write `peft_<round>/` whole or not at all."""
-        folder = self.folder / f"peft_{self.state.round_number}"
-        beside = folder.with_suffix(".tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        adapters.save_adapter(beside, self.state.adapter, self.lora, self.template)
-        state = {
-            "round": self.state.round_number,
-            "quantization": self.config.model.quantization,
-            "rows_seen": {str(p): n for p, n in sorted(self.state.rows_seen.items())},
-        }
-        write_json(beside / "state.json", state)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        """Write `peft_<round>/`, and remove the oldest beyond `train.keep_checkpoints`."""
+        facts = {"quantization": self.config.model.quantization}
+        checkpoint.save(self.folder, self.state, self.strategy, self.lora, self.template, facts)
+        self.saved = self.state.round_number
+        checkpoint.prune(self.folder, self.config.train.keep_checkpoints, self.metrics)
+
+    def save_last_round(self) -> None:
+        """When the run ends early: keep the last whole round, unless it is on disk, or half of another is done."""
+        if not self.whole or self.saved == self.state.round_number:
+            return
+        try:
+            with stopping.held(), self.writing():
+                self.save_checkpoint()
+        except RunError as error:
+            self.progress.warn(f"round {self.state.round_number} is not kept: {error}")
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What goes wrong with the run folder, in one line."""
+        try:
+            if not self.folder.is_dir():
+                raise FileNotFoundError("it was removed")
+            yield
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{self.folder}: results can not be written ({error})") from error
+
+    def restore(self) -> None:
+        """Go on behind the newest whole checkpoint: state, strategy and metrics are as they were then.
+
+        Raises:
+            SettingsError: if the strategy's own state can not be had back.
+        """
+        metrics = read_json_lines(self.folder / METRICS_FILE)
+        whole = next((n for n, line in enumerate(metrics) if line.get("round") != n + 1), len(metrics))
+        state = checkpoint.newest(self.folder, self.strategy, self.shapes, whole, self.progress.warn)
+        if state is None:
+            if rounds_in(self.folder):
+                self.progress.warn(f"{METRICS_FILE} lacks round {whole + 1}, so no checkpoint can be gone on from")
+            state = self.state
+        self.state, self.saved, self.metrics = state, state.round_number, metrics[: state.round_number]
+        with self.writing():
+            write_whole(self.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.metrics))
+        self.progress.going_on(self.state.round_number)
 
     def summarize(self) -> dict[str, Any]:
         """Write results.json and train_loss.png; returns the former."""
-        metrics = read_json_lines(self.folder / "metrics.jsonl")
-        used = {p: min(seen, self.num_rows[p]) for p, seen in sorted(self.state.rows_seen.items())}
-        summary = totals_so_far(metrics) | {
+        examples = {int(p): rows for line in self.metrics for p, rows in line["num_examples"].items()}
+        used = {p: int(min(seen, examples[p])) for p, seen in sorted(self.state.rows_seen.items())}
+        folder = folder_of(self.folder, self.state.round_number)
+        summary = totals_so_far(self.metrics) | {
             "clients_used": len(used),
             "rows_used": sum(used.values()),
             "rows_used_by_client": used,
             "rows_trained": sum(self.state.rows_seen.values()),
-            "tokens": sum(line["tokens"] for line in metrics),
-            "processes": len(self.processes),
-            "model_loads": sum(line["model_loads"] for line in metrics),
-            "tokenizations": sum(line["tokenizations"] for line in metrics),
-            "server_peak_memory_bytes": metrics[-1]["server_peak_memory_bytes"],
-            "seconds": round(time.perf_counter() - self.started, 3),
-            "adapter": f"peft_{self.state.round_number}",
-            "adapter_sha256": file_sha256(self.folder / f"peft_{self.state.round_number}" / adapters.ADAPTER_FILE),
+            "tokens": sum(line["tokens"] for line in self.metrics),
+            "processes": len({process for line in self.metrics for process in line["processes"]}),
+            "model_loads": sum(line["model_loads"] for line in self.metrics),
+            "tokenizations": sum(line["tokenizations"] for line in self.metrics),
+            "dropped": sum(len(line["dropped"]) for line in self.metrics),
+            "server_peak_memory_bytes": self.metrics[-1]["server_peak_memory_bytes"],
+            "seconds": round(self.state.elapsed_s + self.waited_s, 3),
+            "adapter": folder.name,
+            "adapter_sha256": file_sha256(folder / adapters.ADAPTER_FILE),
         }
-        write_json(self.folder / "results.json", summary)
-        title = f"{self.config.model.name}, {self.config.num_clients} clients"
-        plot_train_loss(metrics, self.folder / "train_loss.png", title)
+        with self.writing():
+            write_json(self.folder / RESULTS_FILE, summary)
+            title = f"{self.config.model.name}, {self.config.num_clients} clients"
+            plot_train_loss(self.metrics, self.folder / "train_loss.png", title)
         return summary
 
 
-def metrics_of(reply: Message) -> Mapping[str, Any]:
-    record: MetricRecord = next(iter(reply.content.metric_records.values()))
-    return record
-
-
-def process_of(reply: Message) -> str:
-    worker: Any = reply.content["worker"]
-    return str(worker["process"])
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1] if text.strip() else "it gives no reason"
 
 
 def busiest_process(good: Sequence[tuple[int, Message]]) -> float:

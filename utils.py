@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+DIGESTS_FILE = "sha256.json"
 SUITE_FOLDER = Path(__file__).resolve().parent
 # eight colours that colour-blind readers tell apart (Okabe and Ito, 2008; yellow darkened for white paper)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
@@ -122,9 +123,44 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a whole JSON file or nothing: beside it first, then renamed into place."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a whole file or nothing: beside it first, then renamed into place; on disk when this returns."""
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def sync(*paths: Path) -> None:
+    """Return when these files and folders are on disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_digests(folder: Path) -> None:
+    """Note the SHA-256 of every file in `folder`, for `torn_files`."""
+    write_json(folder / DIGESTS_FILE, {file.name: file_sha256(file) for file in sorted(folder.iterdir())})
+
+
+def torn_files(folder: Path) -> list[str]:
+    """Files of `folder` that are missing, new, or not what `write_digests` saw: damage is found, an attacker is not."""
+    try:
+        digests = dict(json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return [DIGESTS_FILE]
+    there = {file.name for file in folder.iterdir()} - {DIGESTS_FILE}
+    return sorted(name for name in there | set(digests) if file_sha256(folder / name) != digests.get(name))
 
 
 def file_sha256(path: Path) -> str:
@@ -136,7 +172,14 @@ def file_sha256(path: Path) -> str:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a JSONL file up to the first that is not whole; none if there is no such file."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
 def totals_so_far(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -9,7 +10,6 @@ from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.supercore.task_identity import TaskIdentity
 
 import client
 import compare
@@ -18,6 +18,7 @@ from client import Site, client_app
 from compose import compose
 from config import RunConfig
 from dataset import TEMPLATE_FOLDER
+from engine import identify_as_flower_task
 from strategy import Federation
 
 SMALL = [
@@ -76,6 +77,8 @@ class Silent:
 
     def say(self, message: str) -> None: ...
 
+    def going_on(self, round_number: int) -> None: ...
+
     def round_done(self, record: dict) -> None:
         self.rounds.append(dict(record))
 
@@ -84,6 +87,7 @@ class Silent:
 
 
 def make_federation(config: RunConfig, folder) -> Federation:
+    identify_as_flower_task()
     template = (TEMPLATE_FOLDER / f"{config.dataset.template}.jinja").read_text()
     folder.mkdir(parents=True, exist_ok=True)
     return Federation(config, folder, template, Silent())
@@ -91,7 +95,6 @@ def make_federation(config: RunConfig, folder) -> Federation:
 
 def run_locally(config: RunConfig, folder, app: ClientApp | None = None) -> tuple[Federation, dict]:
     """A whole run without an engine, with a worker of its own; returns the server and its summary."""
-    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # what the engine would set
     client._resident.clear()
     federation = make_federation(config, folder)
     grid = LocalGrid(app or client_app(Site(config)), config.num_clients)
@@ -101,6 +104,7 @@ def run_locally(config: RunConfig, folder, app: ClientApp | None = None) -> tupl
 def call_main(*arguments: str) -> int:
     """`python main.py ARGUMENTS` in this process, which saves the seconds of its imports; returns the exit code."""
     handlers, argv = logging.getLogger().handlers, sys.argv
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = ["main.py", *arguments]
     main.exit_codes.clear()
     compare.SweepReport.failed = False
@@ -108,6 +112,8 @@ def call_main(*arguments: str) -> int:
         return main.main()
     finally:
         sys.argv, logging.getLogger().handlers = argv, handlers
+        for number, handler in signals.items():
+            signal.signal(number, handler)
 
 
 def children(pid: int, name: str = "") -> set[int]:

@@ -127,6 +127,7 @@ def test_batch_answers_equal_single_ones(answerer, run_folder, tmp_path):
     assert [line["answer"] for line in read_json_lines(tmp_path / "a.jsonl")] == single
 
 
+@pytest.mark.slow
 def test_interrupted_batch_goes_on_where_it_stopped(run_folder, tmp_path):
     write_questions(tmp_path / "q.jsonl", 60)
     arguments = [f"--questions={tmp_path / 'q.jsonl'}", f"--output={tmp_path / 'a.jsonl'}", "--batch-size=4"]

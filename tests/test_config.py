@@ -210,13 +210,6 @@ def test_more_clients_than_rows_is_refused():
         plan.check_inputs(small("num_clients=9999"))
 
 
-def test_folder_of_another_run_is_refused(tmp_path):
-    plan.check_folder(tmp_path)
-    (tmp_path / "peft_3").mkdir()
-    with pytest.raises(SettingsError, match="holds the results of another run; choose another folder"):
-        plan.check_folder(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-that-name/x"])
 def test_names_that_can_be_no_path_are_refused_as_names(name):
     with pytest.raises(SettingsError, match="dataset.name="):

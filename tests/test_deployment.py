@@ -396,7 +396,8 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 import engine
 from compose import compose
-from strategy import REPORT, Federation
+from guard import REPORT
+from strategy import Federation
 from tests.conftest import LocalGrid, Silent
 from utils import read_json_lines
 
@@ -438,7 +439,7 @@ def server_memory(folder: Path, clients: int, rounds: int, **shape: int) -> tupl
     return peaks, adapter_bytes
 
 
-@pytest.mark.parametrize(("clients", "limit"), [(2, 1.5e9), (10, 2.0e9)])
+@pytest.mark.parametrize(("clients", "limit"), [pytest.param(2, 1.5e9, marks=pytest.mark.slow), (10, 2.0e9)])
 def test_server_with_a_7b_shaped_adapter_needs_no_base_weights_and_little_memory(clients, limit, tmp_path):
     shape = dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=11008, num_attention_heads=32)
     peaks, adapter_bytes = server_memory(tmp_path, clients, 2, **shape)

@@ -160,6 +160,7 @@ def test_cache_of_a_model_that_changed_or_is_quantized_otherwise_is_another(tmp_
     assert len({*keys, adapters.cache_key(quickstart("4", f"model.name={copy}"))}) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_may_fill_the_cache_at_the_same_time(tmp_path):
     import subprocess
     import sys

@@ -10,7 +10,8 @@ from peft import PeftModel
 import client
 import model as adapters
 from client import Site, Task, Worker, client_app, fine_tune
-from strategy import REPORT, RunError, check_reply, make_strategy, sample
+from guard import REPORT, check_reply
+from strategy import RunError, make_strategy, sample
 from tests.conftest import LocalGrid, make_federation, run_locally, small
 from utils import cosine_learning_rate, read_json_lines
 
@@ -29,7 +30,13 @@ def finished(tmp_path_factory):
 def test_run_folder_holds_what_the_design_promises(finished):
     _, summary, folder = finished
     assert {"metrics.jsonl", "results.json", "train_loss.png", "peft_2", "peft_3"} == {f.name for f in folder.iterdir()}
-    checkpoint = {"adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "state.json"}
+    checkpoint = {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "chat_template.jinja",
+        "state.json",
+        "sha256.json",
+    }
     assert {file.name for file in (folder / "peft_3").iterdir()} == checkpoint
     assert json.loads((folder / "results.json").read_text())["final_train_loss"] == summary["final_train_loss"]
     assert (folder / "train_loss.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,98 @@
+"""What the server accepts of a reply: these tensors, finite float32, plausible numbers, an update of ordinary size."""
+
+import statistics
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import Message, MetricRecord
+
+from model import Adapter
+
+PARTS = ("load_s", "data_s", "train_s")
+TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "cut", "model_loads", "tokenizations")
+REPORT = frozenset((*PARTS, *TOTALS, "total_s", "num-examples", "train_loss", "peak_memory_bytes"))
+EVALUATION = frozenset(("eval_loss", "eval_token_accuracy", "num-examples", "total_s"))
+
+
+def check_reply(reply: Message, shapes: Mapping[str, tuple[int, ...]], num_rows: float = np.inf) -> str | None:
+    """Why a training reply can not be aggregated, or None if it can.
+
+    Args:
+        num_rows: how many rows the client said it has; it can not have trained on more.
+    """
+    fault = check_adapter(reply, shapes) or check_report(reply, REPORT)
+    if fault is None and (examples := metrics_of(reply)["num-examples"]) > num_rows:
+        fault = f"num-examples={examples}, but it said that it has {num_rows} rows"
+    return fault
+
+
+def check_adapter(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why the adapter in a reply can not be used, or None: these tensors, these shapes, finite float32."""
+    if reply.has_error():
+        return str(reply.error.reason)
+    records = list(reply.content.array_records.values())
+    if len(records) != 1:
+        return f"holds {len(records)} array records, not one"
+    if list(records[0]) != sorted(shapes):
+        return "holds other tensors than the adapter has"
+    for name, array in records[0].items():
+        try:
+            value = array.numpy()  # what it really holds, whatever its label says
+        except Exception as error:
+            return f"{name} can not be read ({error})"
+        if value.shape != tuple(shapes[name]) or value.dtype != np.float32:
+            return f"{name} is {value.dtype} {value.shape}, not float32 {tuple(shapes[name])}"
+        if not np.isfinite(value).all():
+            return f"{name} is not finite"
+    return None
+
+
+def check_report(reply: Message, names: frozenset[str]) -> str | None:
+    """Why the numbers in a reply can not be used, or None: exactly these, finite, not negative, a positive weight."""
+    if reply.has_error():
+        return str(reply.error.reason)
+    reports = list(reply.content.metric_records.values())
+    if len(reports) != 1 or set(reports[0]) != names:
+        return f"does not report exactly {', '.join(sorted(names))}"
+    for name, value in reports[0].items():
+        if not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
+            return f"{name}={value} is no usable number"
+    if not reports[0]["num-examples"]:
+        return "num-examples=0 is no usable number"
+    worker = reply.content.config_records.get("worker")
+    if worker is None or not isinstance(worker.get("process"), str):
+        return "does not say which process answered"
+    return None
+
+
+def update_norm(reply: Message, sent: Adapter) -> float:
+    """Euclidean norm of what a checked reply changes in the adapter that its client was sent."""
+    arrays = next(iter(reply.content.array_records.values()))
+    squares = [np.square(array.numpy() - sent[name], dtype=np.float64).sum() for name, array in arrays.items()]
+    return float(np.sqrt(np.sum(squares)))
+
+
+def outliers(norms: Mapping[int, float], most: float | None) -> dict[int, str]:
+    """Why the updates of some clients are too large: their norm is above `most` times the round's median.
+
+    Of an even number of updates the lower middle one counts as the median: of two, one can then be too large.
+    """
+    median = statistics.median_low(norms.values()) if norms else 0.0
+    if most is None or not median:
+        return {}
+    return {
+        partition: f"its update has a norm of {norm:.3g}, above strategy.max_norm_ratio={most:g} times the round's "
+        f"median of {median:.3g}"
+        for partition, norm in norms.items()
+        if norm > most * median
+    }
+
+
+def metrics_of(reply: Message) -> Mapping[str, Any]:
+    return cast(MetricRecord, next(iter(reply.content.metric_records.values())))
+
+
+def process_of(reply: Message) -> str:
+    worker: Any = reply.content["worker"]
+    return str(worker["process"])

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM: the first ends a run where nothing is half done, the second ends it at once."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+count = holding = 0  # signals that came; blocks that let them wait
+waiting: list[int] = []
+
+
+def listen() -> None:
+    """From here on the first SIGINT or SIGTERM raises Stopped, and the next one ends the process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def stop(number: int, _frame: Any) -> None:
+    global count
+    count += 1
+    if count > 1:
+        os._exit(128 + number)  # the workers see that their driver is gone, and leave
+    if not holding:
+        raise Stopped(number)
+    waiting.append(number)
+    os.write(2, b"\nstopping as soon as this round is on disk; once more stops at once\n")
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """A first signal waits until this block has ended, well or not."""
+    global holding
+    holding += 1
+    try:
+        yield
+    finally:
+        holding -= 1
+        if waiting and not holding:
+            raise Stopped(waiting.pop())

@@ -1,0 +1,707 @@
+"""The fault matrix of docs/reliability.md: every fault for real, and what is left of the run afterwards."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
+
+import checkpoint
+import client
+import memory
+import runfolder
+import stopping
+import training
+from config import SettingsError
+from guard import REPORT, outliers
+from strategy import RunError
+from tests.conftest import LocalGrid, call_main, children, make_federation, run_locally, small, wait_for_end
+from transfer import decode, encode, to_record
+from utils import file_sha256, read_json_lines, seed_of
+
+SUITE = Path(__file__).parent.parent
+SIX = ["num_rounds=6", "train.save_every_round=2", "num_clients=8", "strategy.fraction_fit=0.5"]
+
+
+class Clients:
+    """A ClientApp without a model: a client adds to the adapter what (partition, round, first row) make of chance.
+
+    `bad` says what becomes of a reply: a function of (partition, round, reply), which returns the reply to send.
+    """
+
+    def __init__(self, config, bad=lambda partition, number, reply: reply, rows=100):
+        self.config, self.bad, self.rows = config, bad, rows
+        self.good: dict[int, dict[int, dict]] = {}  # round -> partition -> adapter
+
+    def __call__(self, message, context):
+        partition = context.node_config["partition-id"]
+        if message.metadata.message_type.startswith("query"):
+            facts = ConfigRecord({"partition-id": partition, "num-rows": self.rows, "device": "none"})
+            return Message(RecordDict({"client": facts}), reply_to=message)
+        config, form = message.content["config"], self.config.transfer
+        received = {name: array.numpy() for name, array in message.content["arrays"].items()}
+        if form != "fp32":
+            received = decode(received, self.initial, form)
+        number = config["server-round"]
+        rng = np.random.default_rng(seed_of(partition, number, config["first-row"]))
+        adapter = {n: (v + 0.01 * rng.standard_normal(v.shape)).astype(np.float32) for n, v in received.items()}
+        self.good.setdefault(number, {})[partition] = adapter
+        report = dict.fromkeys(REPORT, 0.0) | {"num-examples": 10 + partition, "rows": 8, "train_loss": rng.random()}
+        content = RecordDict(
+            {
+                "arrays": to_record(encode(adapter, received, form)),
+                "metrics": MetricRecord(report),
+                "worker": ConfigRecord({"process": "test:1"}),
+            }
+        )
+        return self.bad(partition, number, Message(content, reply_to=message))
+
+
+def play(config, folder, clients=None, going_on=False):
+    """The rounds of a run with clients that have no model."""
+    client._resident.clear()
+    federation = make_federation(config, folder)
+    clients = clients or Clients(config)
+    clients.initial = federation.initial
+    if going_on:
+        federation.restore()
+    federation.run(LocalGrid(clients, config.num_clients))
+    return federation
+
+
+def outcome(folder: Path) -> tuple:
+    """What two runs must have in common to be the same: adapter, metrics without times, strategy's state."""
+    lines = read_json_lines(folder / "metrics.jsonl")
+    last = folder / f"peft_{lines[-1]['round']}"
+    timeless = [{k: v for k, v in line.items() if k != "seconds" and "memory" not in k} for line in lines]
+    state = {k: v for k, v in json.loads((last / "state.json").read_text()).items() if k != "elapsed_s"}
+    return file_sha256(last / "adapter_model.safetensors"), timeless, state, file_sha256(last / "strategy.safetensors")
+
+
+def interrupted_in(number: int):
+    def bad(partition, current, reply):
+        if current == number:
+            raise RuntimeError("stopped")
+        return reply
+
+    return bad
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+STRATEGIES = {
+    "FedAvg": [],
+    "FedAvgM": ["strategy=fedavgm"],
+    "FedAdam": ["strategy=fedadam"],
+    "FedYogi": ["strategy._target_=flwr.serverapp.strategy.FedYogi", "strategy.eta=1e-3"],
+    "FedAdagrad": ["strategy._target_=flwr.serverapp.strategy.FedAdagrad", "strategy.eta=1e-3"],
+    "a strategy around another": [
+        "strategy._target_=flwr.serverapp.strategy.DifferentialPrivacyServerSideFixedClipping",
+        "+strategy.strategy={_target_: flwr.serverapp.strategy.FedAdam, eta: 1e-3}", "strategy.noise_multiplier=0",
+        "strategy.clipping_norm=0.5", "strategy.num_sampled_clients=4",
+    ],
+    "int8": ["transfer=int8", "strategy=fedavgm"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_run_that_goes_on_ends_like_one_that_was_never_interrupted(name, tmp_path):
+    config = small(*SIX, *STRATEGIES[name])
+    play(config, tmp_path / "whole")
+    for number in (2, 4, 6):  # three processes die, in rounds with and without a checkpoint before
+        with pytest.raises(RuntimeError, match="stopped"):
+            play(config, tmp_path / "torn", Clients(config, interrupted_in(number)), going_on=number > 2)
+        assert (tmp_path / "torn" / f"peft_{number - 1}").is_dir(), "the last whole round was not kept"
+    play(config, tmp_path / "torn", going_on=True)
+    assert outcome(tmp_path / "torn") == outcome(tmp_path / "whole")
+
+
+def cut(file: Path, rng: random.Random) -> None:
+    os.truncate(file, rng.randrange(file.stat().st_size))
+
+
+def flip(file: Path, rng: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+
+
+def drop(file: Path, _: random.Random) -> None:
+    file.unlink()
+
+
+FILES = ["adapter_model.safetensors", "adapter_config.json", "strategy.safetensors", "state.json", "sha256.json"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    config = small(*SIX, "strategy=fedadam")
+    play(config, folder)
+    return config, folder
+
+
+@pytest.mark.parametrize("damage", [cut, flip, drop])
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_checkpoint_is_found_and_the_one_before_is_used(name, damage, whole_run, tmp_path):
+    config, whole = whole_run
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    damage(folder / "peft_6" / name, random.Random(name))
+    federation = play(config, folder, going_on=True)
+    assert any("peft_6 can not be used (damaged: " in warning for warning in federation.progress.warnings)
+    assert [record["round"] for record in federation.progress.rounds] == [5, 6]
+    assert outcome(folder) == outcome(whole)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 500, 5000])
+def test_metrics_cut_anywhere_cost_only_the_rounds_that_they_lack(offset, whole_run, tmp_path):
+    config, whole = whole_run
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    size = (folder / "metrics.jsonl").stat().st_size
+    os.truncate(folder / "metrics.jsonl", max(0, size - 1 - offset))
+    play(config, folder, going_on=True)
+    assert outcome(folder) == outcome(whole)
+
+
+def test_all_checkpoints_damaged_starts_again_and_says_so(whole_run, tmp_path):
+    config, whole = whole_run
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for number in (2, 4, 6):
+        cut(folder / f"peft_{number}" / "state.json", random.Random(number))
+    federation = play(config, folder, going_on=True)
+    assert len(federation.progress.warnings) == 3
+    assert len(federation.progress.rounds) == 6
+    assert outcome(folder) == outcome(whole)
+
+
+def test_as_many_checkpoints_are_kept_as_asked_and_the_best(tmp_path):
+    config = small(*SIX, "train.save_every_round=1", "train.keep_checkpoints=2")
+    play(config, tmp_path)
+    assert runfolder.rounds_in(tmp_path) == [6, 5]
+    lines = [{"round": number, "eval_loss": abs(number - 3)} for number in range(1, 6)]
+    for number in range(1, 5):
+        (tmp_path / f"peft_{number}").mkdir()
+    checkpoint.prune(tmp_path, 2, lines)
+    assert runfolder.rounds_in(tmp_path) == [6, 5, 3]
+    checkpoint.prune(tmp_path, None, lines)
+    assert runfolder.rounds_in(tmp_path) == [6, 5, 3]
+
+
+class Counting(FedAvg):
+    """A strategy with state of all kinds, made in and after its first round; `odd` is no kind that can be kept."""
+
+    def __init__(self, odd=False, **arguments):
+        super().__init__(**arguments)
+        self.seen, self.names, self.norm = 0, [], np.float64(0)
+        if odd:
+            self.odd = {3: np.zeros(2)}
+
+    def aggregate_train(self, server_round, replies):
+        self.seen += len(replies)
+        self.names, self.norm = [*self.names, f"round {server_round}"], self.norm + 0.1
+        self.late = [np.full(2, server_round)]
+        return super().aggregate_train(server_round, replies)
+
+
+def test_own_strategy_comes_back_with_whatever_it_remembered(tmp_path):
+    config = small(*SIX, "strategy._target_=tests.test_reliability.Counting")
+    with pytest.raises(RuntimeError, match="stopped"):
+        play(config, tmp_path, Clients(config, interrupted_in(4)))
+    strategy = play(config, tmp_path, going_on=True).strategy
+    assert (strategy.seen, strategy.names[-1], len(strategy.names)) == (24, "round 6", 6)
+    assert strategy.norm == pytest.approx(0.6)
+    assert strategy.late[0].tolist() == [6, 6]
+
+
+def test_strategy_that_can_not_be_brought_back_is_refused(tmp_path):
+    config = small(*SIX, "strategy._target_=tests.test_reliability.Counting", "strategy.odd=true")
+    play(config, tmp_path)
+    with pytest.raises(SettingsError, match="odd of Counting is nothing that a checkpoint can keep"):
+        play(config, tmp_path, going_on=True)
+
+
+# --- the run folder -------------------------------------------------------------------------------
+
+
+def test_folder_belongs_to_one_process_and_one_run(tmp_path):
+    config = small()
+    with runfolder.claimed(tmp_path, config, ["seed=1"]) as going_on:
+        assert not going_on
+        with (
+            pytest.raises(SettingsError, match="another process is at work there"),
+            runfolder.claimed(tmp_path, config, []),
+        ):
+            pass
+    assert [file.name for file in tmp_path.iterdir()] == ["settings.json"]
+    with pytest.raises(SettingsError, match="holds the results of another run; choose another folder, or resume="):
+        runfolder.claimed(tmp_path, config, []).__enter__()
+    with runfolder.claimed(tmp_path, small(f"resume={tmp_path}"), []) as going_on:
+        assert going_on
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("seed=3", False),
+        ("num_rounds=9", False),
+        ("strategy.max_norm_ratio=3.0", False),
+        ("model.lora.r=8", False),
+        ("train.micro_batch_size=1", True),
+        ("client_resources.num_cpus=2", True),
+        ("train.keep_checkpoints=2", True),
+        ("tracker=tensorboard", True),
+    ],
+)
+def test_run_goes_on_only_with_settings_that_give_the_same_results(override, allowed, tmp_path):
+    with runfolder.claimed(tmp_path, small(), []):
+        pass
+    config = small(override, f"resume={tmp_path}")
+    if allowed:
+        with runfolder.claimed(tmp_path, config, []):
+            pass
+    else:
+        with pytest.raises(SettingsError, match=f"{override}: the run in .* has .*only these may change"):
+            runfolder.claimed(tmp_path, config, []).__enter__()
+
+
+def test_run_does_not_go_on_with_other_rows(tmp_path):
+    with runfolder.claimed(tmp_path, small(), []):
+        runfolder.check_data(tmp_path, {"rows": 3, "sha256_of_sample": "a"})
+        runfolder.check_data(tmp_path, {"rows": 3, "sha256_of_sample": "a"})
+        with pytest.raises(SettingsError, match="was started with other rows"):
+            runfolder.check_data(tmp_path, {"rows": 3, "sha256_of_sample": "b"})
+
+
+def write_settings(folder: Path, *overrides: str) -> None:
+    (folder / "settings.json").write_text(json.dumps({"overrides": overrides, "settings": {}}))
+
+
+def test_resume_stands_for_the_runs_own_command_line(tmp_path):
+    write_settings(tmp_path, "experiment=quickstart", "seed=1", "resume=x")
+    place = [f'resume="{tmp_path}"', f'hydra.run.dir="{tmp_path}"']
+    assert runfolder.continued([f"resume={tmp_path}"]) == ["experiment=quickstart", "seed=1", *place]
+    assert runfolder.continued([f"resume={tmp_path}", "ray.address=auto"]) == [
+        "experiment=quickstart", "seed=1", "ray.address=auto", *place
+    ]  # fmt: skip
+    assert runfolder.continued(["seed=1", "resume=null"]) == ["seed=1", "resume=null"]
+    with pytest.raises(SettingsError, match="resume_sweep"):
+        runfolder.continued(["--multirun", f"resume={tmp_path}"])
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"overrides": [1], "settings": {}}', "\0"])
+def test_folder_without_readable_settings_gets_one_line(content, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "settings.json").write_text(content)
+    assert call_main(f"resume={tmp_path}") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "strategy._target_=os.system",
+        "+strategy.x._target_=os.system",
+        "+strategy.strategy={_target_: os.system}",
+        "+strategy.strategy={'_target_':'os.system'}",
+        "model.trust_remote_code=true",
+        "hydra/launcher=joblib",
+        "+hydra.callbacks.x._target_=os.system",
+        "seed=${oc.env:HOME}",
+    ],
+)
+def test_strangers_run_folder_can_not_run_code(evil, tmp_path):
+    write_settings(tmp_path, "experiment=quickstart", evil)
+    with pytest.raises(SettingsError, match="which can run code; give it again to allow it"):
+        runfolder.continued([f"resume={tmp_path}"])
+    assert evil in runfolder.continued([f"resume={tmp_path}", evil])
+
+
+def test_run_folder_holds_no_pickle(whole_run):
+    _, folder = whole_run
+    kinds = {file.suffix for file in folder.rglob("*") if file.is_file()}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".jinja", ".png", ".log", ".yaml"}
+
+
+# --- replies --------------------------------------------------------------------------------------
+
+
+def forge(partition, number, reply, rng):
+    """One of the ways in which a reply can be bad."""
+    record = reply.content["arrays"]
+    name = rng.choice(list(record))
+    arrays = {key: array.numpy() for key, array in record.items()}
+    kind = rng.randrange(9)
+    if kind == 0:
+        return lost(reply)
+    if kind == 1:
+        del arrays[name]
+    elif kind == 2:
+        arrays["more"] = np.zeros(3, np.float32)
+    elif kind == 3:
+        arrays[name] = arrays[name].T.copy() if arrays[name].shape[0] != arrays[name].shape[1] else arrays[name][:1]
+    elif kind == 4:
+        arrays[name] = arrays[name].astype(np.float64)
+    elif kind == 5:
+        arrays[name] = arrays[name].copy()
+        arrays[name].flat[rng.randrange(arrays[name].size)] = rng.choice([np.nan, np.inf, -np.inf])
+    elif kind == 6:
+        reply.content["metrics"]["num-examples"] = rng.choice([0, -5, 10**9, float("nan")])
+    elif kind == 7:
+        arrays = {key: value + np.float32(50) for key, value in arrays.items()}
+    else:
+        del reply.content["metrics"]["train_loss"]
+    reply.content["arrays"] = to_record(arrays)
+    return reply
+
+
+def lost(reply):
+    reply.content["arrays"].clear()
+    return reply
+
+
+def test_bad_replies_leave_the_adapter_that_the_good_ones_make(tmp_path):
+    """30% of the replies of 30 rounds are bad in random ways; the result is the average of the others, by hand."""
+    rng = random.Random(0)
+    bad: dict[int, set] = {}
+
+    def sometimes(partition, number, reply):
+        if rng.random() < 0.3:
+            bad.setdefault(number, set()).add(partition)
+            return forge(partition, number, reply, rng)
+        return reply
+
+    config = small("num_rounds=30", "num_clients=8", "strategy.fraction_fit=1.0", "strategy.min_replies=3")
+    clients = Clients(config, sometimes)
+    federation = play(config, tmp_path, clients)
+    records = federation.progress.rounds
+    assert sum(map(len, bad.values())) > 50
+    assert all(record["retries"] == 0 for record in records)
+    for record in records:
+        assert set(record["dropped"]) == bad.get(record["round"], set())
+    final = clients.good[30]
+    kept = [partition for partition in final if partition not in bad.get(30, set())]
+    weight = sum(10 + partition for partition in kept)
+    for name, value in federation.state.adapter.items():
+        by_hand = sum((10 + p) * final[p][name].astype(np.float64) for p in kept) / weight
+        np.testing.assert_allclose(value, by_hand, atol=1e-6)
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
+    assert all(reason for line in lines for reason in line["dropped"].values())
+    assert sum(len(line["dropped"]) for line in lines) == sum(map(len, bad.values()))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_guard_works_with_every_strategy(name, tmp_path):
+    def bad(partition, number, reply):
+        return lost(reply) if partition == 1 else reply
+
+    config = small(*SIX, *STRATEGIES[name], "strategy.fraction_fit=1.0", "num_rounds=2")
+    if name == "a strategy around another":
+        config.strategy["num_sampled_clients"] = 7
+    federation = play(config, tmp_path, Clients(config, bad))
+    assert [list(record["dropped"]) for record in federation.progress.rounds] == [[1], [1]]
+    assert all(np.isfinite(value).all() for value in federation.state.adapter.values())
+
+
+@pytest.mark.parametrize(
+    ("norms", "most", "dropped"),
+    [
+        ({1: 1.0, 2: 9.9}, 10.0, []),
+        ({1: 1.0, 2: 10.1}, 10.0, [2]),
+        ({1: 1.0, 2: 1e30}, None, []),
+        ({1: 5.0}, 2.0, []),
+        ({1: 1.0, 2: 1.1, 3: 0.9, 4: 99.0, 5: 88.0}, 3.0, [4, 5]),
+        ({1: 0.0, 2: 0.0, 3: 1.0}, 3.0, []),  # a median of zero says nothing
+        ({}, 3.0, []),
+    ],
+)
+def test_update_is_too_large_when_its_norm_is_far_above_the_median(norms, most, dropped):
+    assert list(outliers(norms, most)) == dropped
+
+
+def test_too_few_good_replies_ask_other_clients(tmp_path):
+    def bad(partition, number, reply):
+        return lost(reply) if number == 2 and partition < 6 else reply
+
+    config = small(*SIX, "strategy.min_replies=2", "strategy.round_retries=5", "num_rounds=3")
+    clients = Clients(config, bad)
+    federation = play(config, tmp_path, clients)
+    second = federation.progress.rounds[1]
+    assert second["retries"] > 0
+    assert set(second["clients"]) == {6, 7}
+    assert set(second["dropped"]) == set(clients.good[2]) - {6, 7}
+    assert federation.progress.rounds[2]["retries"] == 0
+
+
+def test_run_below_its_quorum_ends_and_keeps_the_rounds_before(tmp_path):
+    def bad(partition, number, reply):
+        return lost(reply) if number == 4 and partition != 7 else reply
+
+    config = small(*SIX, "strategy.min_replies=2", "strategy.round_retries=1", "train.save_every_round=5")
+    with pytest.raises(RunError, match=r"round 4: .*strategy.min_replies=2; client \d says"):
+        play(config, tmp_path, Clients(config, bad))
+    assert runfolder.rounds_in(tmp_path) == [3]
+    play(config, tmp_path, going_on=True)
+    play(config, tmp_path / "whole")
+    assert outcome(tmp_path) == outcome(tmp_path / "whole")
+
+
+def test_strategy_that_can_not_aggregate_is_named(tmp_path):
+    config = small(*SIX, "strategy._target_=flwr.serverapp.strategy.Bulyan", "strategy.num_malicious_nodes=2")
+    with pytest.raises(RunError, match="round 1: Bulyan (can not aggregate|made no adapter of) 4 replies"):
+        play(config, tmp_path)
+
+
+# --- clients --------------------------------------------------------------------------------------
+
+
+def test_client_that_fails_midway_leaves_nothing_for_the_next(tmp_path, monkeypatch):
+    """Its half of a step, gradients included, must not reach the client that the same worker serves next."""
+    config = small("strategy.fraction_fit=1.0", "num_rounds=1", "model.lora.lora_dropout=0.1")
+    _, plain = run_locally(config, tmp_path / "plain")
+    original, failed = training.train_on, []
+
+    def train_on(trainer, rows, task, seed):
+        step = trainer.training_step
+        calls = iter(range(100))
+
+        def breaking(*arguments, **others):
+            if next(calls) == 3 and not failed:
+                failed.append(True)
+                raise ZeroDivisionError("midway")
+            return step(*arguments, **others)
+
+        monkeypatch.setattr(trainer, "training_step", breaking)
+        try:
+            return original(trainer, rows, task, seed)
+        finally:
+            monkeypatch.setattr(trainer, "training_step", step)
+
+    monkeypatch.setattr(client, "train_on", train_on)
+    one = small("strategy.fraction_fit=1.0", "num_rounds=1", "model.lora.lora_dropout=0.1", "strategy.min_replies=4")
+    federation, summary = run_locally(one, tmp_path / "failing")
+    assert federation.progress.rounds[0]["retries"] == 1
+    assert summary["adapter_sha256"] == plain["adapter_sha256"]
+
+
+def test_gpu_out_of_memory_is_named_with_what_helps_most_first(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(client, "fine_tune", full)
+    with pytest.raises(RunError) as raised:
+        run_locally(small("client_resources.num_gpus=0.5", "strategy.round_retries=0"), tmp_path)
+    last = str(raised.value).strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: out of GPU memory (CUDA out of memory)")
+    saved = [part.split("=")[0] for part in last.partition("helps: ")[2].split(", ")]
+    assert {"client_resources.num_gpus", "train.micro_batch_size", "model.quantization"} <= set(saved)
+
+
+def test_advice_is_ordered_by_what_it_saves():
+    config = small("client_resources.num_gpus=0.5", "model.quantization=8", "train.micro_batch_size=4")
+    size = memory.Sizes(6_500_000_000, 260_000_000, 16_000_000, 0, 32, 4096, 11008, 32000)
+    now = memory.memory_bytes(size, config)
+    assert now > memory.memory_bytes(size, small("model.quantization=4")) > 0
+    text = memory.advice(config)
+    numbers = [part.split("about ")[1].split(" ")[:2] for part in text.split(", ")]
+    values = [float(value) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit] for value, unit in numbers]
+    assert values == sorted(values, reverse=True)
+    assert len(values) >= 3
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_limited_to(count: int):
+    """Writing beyond `count` bytes of a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("count", [700, 2000, 30_000])
+def test_full_disk_ends_the_run_in_one_line_and_it_goes_on_afterwards(count, tmp_path):
+    config = small(*SIX)
+    play(config, tmp_path / "whole")
+    with (
+        files_limited_to(count),
+        pytest.raises(RunError, match=r"results can not be written \(.*[Ff]ile too large") as e,
+    ):
+        play(config, tmp_path / "run")
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "run" / "results.json").exists()
+    play(config, tmp_path / "run", going_on=True)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_folder_that_is_removed_while_running_is_not_half_made_again(tmp_path):
+    folder = tmp_path / "run"
+
+    def bad(partition, number, reply):
+        if number == 4:
+            shutil.rmtree(folder, ignore_errors=True)
+        return reply
+
+    config = small(*SIX)
+    with pytest.raises(RunError, match="results can not be written .*it was removed"):
+        play(config, folder, Clients(config, bad))
+    assert not folder.exists()
+
+
+def test_folder_that_can_not_be_written_is_refused(capsys):
+    assert call_main("experiment=quickstart", "hydra.run.dir=/proc/none") == 2
+    said = capsys.readouterr().err
+    assert "choose another folder" in said
+    assert said.count("\n") == 1
+
+
+# --- signals and SIGKILL, on real processes -------------------------------------------------------
+
+SHORT = [
+    "experiment=quickstart", "num_clients=4", "strategy.fraction_fit=0.5", "train.training_arguments.max_steps=3",
+    "num_rounds=8", "train.save_every_round=3",
+]  # fmt: skip
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "main.py", *arguments], cwd=SUITE, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert call_main(*SHORT, f"hydra.run.dir={folder}") == 0
+    return json.loads((folder / "results.json").read_text())["adapter_sha256"]
+
+
+def wait_for(run, beginning: str) -> None:
+    for line in run.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"ended before {beginning}")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+def test_first_signal_keeps_the_last_whole_round_and_says_how_to_go_on(number, code, tmp_path):
+    run = start(*SHORT, f"hydra.run.dir={tmp_path}")
+    wait_for(run, "round 2/")
+    workers = children(run.pid)
+    run.send_signal(number)
+    output, _ = run.communicate(timeout=30)
+    assert run.returncode == code, output
+    assert "Traceback" not in output
+    assert f"to go on: python main.py resume={tmp_path}" in output
+    wait_for_end(workers)
+    assert runfolder.rounds_in(tmp_path)[0] >= 2
+    assert not (tmp_path / ".tokens").exists()
+
+
+@pytest.mark.slow
+def test_second_signal_ends_at_once_and_leaves_no_process(tmp_path):
+    """The first one comes where a round is being recorded, so it has to wait."""
+    code = (
+        "import sys, time, main, strategy\n"
+        "def slow(self, grid, number):\n    print('recording', flush=True)\n    time.sleep(60)\n    return {}\n"
+        "strategy.Federation.evaluate = slow\n"
+        "if __name__ == '__main__': sys.exit(main.main())\n"
+    )
+    script = tmp_path / "slow.py"
+    script.write_text(code)
+    run = subprocess.Popen(
+        [sys.executable, str(script), *SHORT, f"hydra.run.dir={tmp_path / 'run'}"], cwd=SUITE,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SUITE)}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for(run, "recording")
+    workers = children(run.pid)
+    run.send_signal(signal.SIGTERM)
+    wait_for(run, "stopping as soon as this round is on disk; once more stops at once")
+    second = time.monotonic()
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(10) == 143
+    assert time.monotonic() - second < 5
+    run.stdout.close()
+    wait_for_end(workers)
+
+
+def test_signal_waits_for_what_must_not_be_torn(monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(stopping, "count", 0)
+    signal.signal(signal.SIGTERM, stopping.stop)
+    done = []
+    try:
+        with pytest.raises(stopping.Stopped) as stopped:
+            hold_on(done)
+        assert done
+        assert stopped.value.exit_code == 143
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def hold_on(done: list) -> None:
+    with stopping.held(), stopping.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append(True)
+
+
+def killed_and_resumed(folder: Path, arguments: list[str], moments: list[float]) -> str:
+    """SIGKILL the whole tree after each of `moments` seconds, go on each time; the final adapter's digest."""
+    for moment in moments:
+        known = (folder / "settings.json").exists()
+        run = start(f"resume={folder}") if known else start(*arguments, f"hydra.run.dir={folder}")
+        try:
+            run.communicate(timeout=moment)
+        except subprocess.TimeoutExpired:
+            tree = children(run.pid) | {run.pid}
+            for pid in tree:
+                os.kill(pid, signal.SIGKILL)
+            run.communicate()
+            wait_for_end(tree - {run.pid})
+    known = (folder / "settings.json").exists()
+    assert call_main(*([f"resume={folder}"] if known else [*arguments, f"hydra.run.dir={folder}"])) == 0
+    return json.loads((folder / "results.json").read_text())["adapter_sha256"]
+
+
+def test_run_killed_at_three_moments_ends_with_the_adapter_of_one_that_was_not(uninterrupted, tmp_path, capsys):
+    rng = random.Random()
+    moments = [rng.uniform(3, 12) for _ in range(3)]
+    assert killed_and_resumed(tmp_path, SHORT, moments) == uninterrupted, moments
+    assert call_main(f"resume={tmp_path}") == 0
+    assert "complete since before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_quickstart_killed_at_twenty_moments_ends_the_same_each_time(tmp_path):
+    begun = time.monotonic()
+    assert call_main("experiment=quickstart", f"hydra.run.dir={tmp_path / 'whole'}") == 0
+    length = time.monotonic() - begun
+    expected = json.loads((tmp_path / "whole" / "results.json").read_text())["adapter_sha256"]
+    rng = random.Random(0)
+    for number in range(20):
+        moment = rng.uniform(0, length)
+        folder = tmp_path / str(number)
+        assert killed_and_resumed(folder, ["experiment=quickstart"], [moment]) == expected, moment
+        print(f"killed after {moment:.1f} s: same adapter", flush=True)
