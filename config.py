@@ -21,6 +21,9 @@ MISSING: Any = "???"  # OmegaConf's word for a value that conf/ has to give
 class SettingsError(ValueError):
     """A setting or an input that the user has to change; the message is one line that says how."""
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())  # whatever the user's own value holds
+
 
 def ranged(low: float | None = None, high: float | None = None, *, above: float | None = None) -> Any:
     """A required number in [low, high], or in (above, high]."""

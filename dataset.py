@@ -70,7 +70,9 @@ def read_local(cfg: DatasetConfig, path: Path) -> Dataset:
     kind = str(kinds.pop())
     try:
         options = csv_options(files[0]) if kind == "csv" else {}
-        return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
+        rows = load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
+        rows.data.table.validate(full=True)  # JSON's reader takes text that is not UTF-8
+        return rows
     except Exception as error:  # the readers raise what their parsers raise
         raise SettingsError(f"dataset.name={cfg.name}: {explain_unreadable(files, kind, error)}") from error
 
@@ -85,9 +87,11 @@ def csv_options(path: Path) -> dict[str, Any]:
 def explain_unreadable(files: Sequence[Path], kind: str, error: Exception) -> str:
     """Where a file is broken: the line for JSONL, the parser's words otherwise."""
     for file in files if kind == "json" else []:
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
             try:
-                row = json.loads(line or "{}")
+                row = json.loads(line.decode() or "{}")
+            except UnicodeDecodeError:
+                return f"{file.name} line {number} is not UTF-8 text"
             except ValueError as problem:
                 return f"{file.name} line {number} is not JSON ({problem})"
             if not isinstance(row, dict):

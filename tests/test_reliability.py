@@ -25,6 +25,7 @@ import runfolder
 import stopping
 import training
 from config import SettingsError
+from dataset import load_rows
 from guard import REPORT, outliers
 from strategy import RunError
 from tests.conftest import LocalGrid, call_main, children, make_federation, run_locally, small, wait_for_end
@@ -521,6 +522,30 @@ def test_advice_is_ordered_by_what_it_saves():
     values = [float(value) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit] for value, unit in numbers]
     assert values == sorted(values, reverse=True)
     assert len(values) >= 3
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def test_rows_of_all_kinds_are_trained_on_and_counted(tmp_path):
+    """One row of a megabyte, emoji, right-to-left text, markers inside a row, and clients with one row each."""
+    outputs = ["long " * 200_000, "🙂 family: 👩‍👩‍👧", "\u202eשלום\u202c مرحبا", "</s>### Response:\n</s>", "", "   "]
+    rows = [{"instruction": "Say it.", "input": "", "output": output} for output in outputs]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small(f"dataset.name={tmp_path / 'rows.jsonl'}", "num_clients=6", "strategy.fraction_fit=1.0")
+    federation, summary = run_locally(config, tmp_path / "run")
+    first = federation.progress.rounds[0]
+    assert (len(first["clients"]), first["cut"]) == (4, 1)
+    assert all("none of its 1 rows has a response to train on" in reason for reason in first["dropped"].values())
+    assert len(first["dropped"]) == 2
+    assert np.isfinite(summary["final_train_loss"])
+
+
+def test_text_that_is_not_utf8_is_refused_by_line(tmp_path):
+    row = json.dumps({"instruction": "x", "input": "", "output": "café"}, ensure_ascii=False)
+    (tmp_path / "latin.jsonl").write_bytes(b"\n".join([row.encode(), row.encode("latin-1"), row.encode()]))
+    with pytest.raises(SettingsError, match=r"latin.jsonl line 2 is not UTF-8 text"):
+        load_rows(small(f"dataset.name={tmp_path / 'latin.jsonl'}").dataset)
 
 
 # --- files ----------------------------------------------------------------------------------------
