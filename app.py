@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -16,6 +17,9 @@ from flwr.serverapp import Grid, ServerApp
 import resident
 import runfolder
 from resident import replied
+
+if TYPE_CHECKING:
+    from config import RunConfig
 
 OVERRIDES = "overrides"  # the one run-config key: Hydra overrides, separated by blanks as in a shell
 
@@ -26,29 +30,32 @@ server = ServerApp()
 def serve(grid: Grid, context: Context) -> None:
     """A deployed run: as in simulation, with results in a run folder below the SuperLink's working folder."""
     overrides = shlex.split(str(context.run_config.get(OVERRIDES, "")))
-    resumed = [Path(text.partition("=")[2].strip("'\"")) for text in overrides if text.startswith("resume=")]
-    folder = resumed[-1] if resumed else new_folder(Path.cwd() / "outputs")
+    folder = None
     try:
-        play(grid, overrides, folder)
+        from compose import compose
+
+        config = compose(overrides, "deployment")
+        folder = run_folder(Path.cwd() / "outputs", config.resume)
+        play(grid, config, overrides, folder)
     except Exception as error:
-        print(f"error: {error}\nlog: {folder / 'main.log'}", flush=True)
-        if runfolder.command_to_go_on(folder):
-            print(f"to go on: the same settings, and resume={shlex.quote(str(folder))}", flush=True)
+        print(f"error: {error}", flush=True)
+        if folder:
+            print(f"log: {folder / 'main.log'}", flush=True)
+            if runfolder.command_to_go_on(folder):
+                print(f"to go on: the same settings, and resume={shlex.quote(str(folder))}", flush=True)
         raise
 
 
-def play(grid: Grid, overrides: list[str], folder: Path) -> None:
+def play(grid: Grid, config: "RunConfig", overrides: list[str], folder: Path) -> None:
     """The rounds of a deployed run."""
     from utils import log_to_file
 
     log_to_file(folder / "main.log")
-    from compose import compose
     from dataset import read_template
     from model import read_tokenizer
     from progress import RunProgress, summary_line
     from strategy import Federation
 
-    config = compose(overrides, "deployment")
     with runfolder.claimed(folder, config, overrides) as going_on, RunProgress(config.num_rounds) as progress:
         template = read_template(config.dataset, read_tokenizer(config.model))
         federation = Federation(config, folder, template, progress)
@@ -57,6 +64,19 @@ def play(grid: Grid, overrides: list[str], folder: Path) -> None:
         summary = federation.run(grid)
     print(summary_line(summary))
     print(f"results: {folder}", flush=True)
+
+
+def run_folder(below: Path, resume: str | None) -> Path:
+    """A new run folder, or the one of the run that goes on; nothing outside of `below` is written."""
+    from config import SettingsError
+
+    if resume is None:
+        return new_folder(below)
+    folder = Path(resume).resolve()
+    if not folder.is_relative_to(below.resolve()):
+        raise SettingsError(f"resume={resume}: on a SuperLink only runs below {below} go on")
+    runfolder.read_settings(folder)
+    return folder
 
 
 def new_folder(below: Path) -> Path:

@@ -27,6 +27,7 @@ from runfolder import folder_of, rounds_in
 from utils import sync, torn_files, write_digests, write_json
 
 STATE_FILE, STRATEGY_FILE = "state.json", "strategy.safetensors"
+StrategyState = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 @dataclass
@@ -42,18 +43,19 @@ class State:
 
 
 def save(
-    run_folder: Path, state: State, strategy: Strategy, lora: LoraConfig, template: str, facts: Mapping[str, Any]
+    run_folder: Path, state: State, strategy: StrategyState, lora: LoraConfig, template: str, facts: Mapping[str, Any]
 ) -> None:
     """Write `peft_<round>/` beside, then rename it; on disk when this returns.
 
     Args:
+        strategy: what `strategy_state` said after that round.
         facts: more for state.json.
     """
     folder = folder_of(run_folder, state.round_number)
     beside = folder.with_suffix(".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     adapters.save_adapter(beside, state.adapter, lora, template)
-    values, arrays = strategy_state(strategy)
+    values, arrays = strategy
     if arrays:
         save_file(arrays, beside / STRATEGY_FILE)
     content = {
@@ -92,11 +94,16 @@ def load(run_folder: Path, round_number: int, strategy: Strategy, shapes: Mappin
 def newest(
     run_folder: Path, strategy: Strategy, shapes: Mapping[str, tuple[int, ...]], most: int, warn: Callable[[str], None]
 ) -> State | None:
-    """The newest state of at most `most` rounds whose checkpoint is whole. One that is damaged is set aside."""
+    """The newest state of at most `most` rounds whose checkpoint is whole. One that is damaged is set aside.
+
+    Raises:
+        OSError, MemoryError: if a file can not be read now; that is no damage.
+        SettingsError: if the strategy's own state can not be had back.
+    """
     for number in (number for number in rounds_in(run_folder) if number <= most):
         try:
             return load(run_folder, number, strategy, shapes)
-        except SettingsError:
+        except (OSError, MemoryError, SettingsError):
             raise
         except Exception as error:  # a damaged file can raise anything
             folder = folder_of(run_folder, number)
@@ -130,8 +137,8 @@ def attributes(strategy: Strategy, prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + name, value
 
 
-def strategy_state(strategy: Strategy) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What a strategy has become since it was made: momenta, clipping norms, the arrays that it compares with.
+def strategy_state(strategy: Strategy) -> StrategyState:
+    """A copy of what a strategy has become since it was made: momenta, clipping norms, arrays that it compares with.
 
     Returns:
         JSON values by attribute name, and arrays by `attribute|tensor`. A value of `{"kind": ...}` says what the
@@ -151,7 +158,7 @@ def strategy_state(strategy: Strategy) -> tuple[dict[str, Any], dict[str, np.nda
             parts = {"": value}
         if isinstance(value, ArrayRecord) or all(isinstance(part, np.ndarray | np.generic) for part in parts.values()):
             values[key] = {"kind": type(value).__name__}
-            arrays |= {f"{key}|{name}": np.ascontiguousarray(part) for name, part in parts.items()}
+            arrays |= {f"{key}|{name}": np.array(part, order="C") for name, part in parts.items()}
             continue
         try:
             values[key] = {"kind": "value", "value": json.loads(json.dumps(value, allow_nan=False))}
@@ -172,9 +179,10 @@ def restore_strategy(strategy: Strategy, values: Mapping[str, Any], arrays: Mapp
         kept = values.get(key, {"kind": "unknown"})
         kind = kept["kind"]
         *path, name = key.split(".")
-        owner = functools.reduce(getattr, path, strategy)
+        owner: Any = functools.reduce(lambda part, step: vars(part)[step], path, strategy)
         parts = {part.partition("|")[2]: array for part, array in arrays.items() if part.partition("|")[0] == key}
-        if kind == "unknown" or callable(getattr(owner, name, None)):
+        known = isinstance(owner, Strategy) and not hasattr(type(owner), name) and not callable(vars(owner).get(name))
+        if kind == "unknown" or not known:
             raise SettingsError(
                 f"resume: {key} of {type(strategy).__name__} is nothing that a checkpoint can keep, so the run can "
                 "not go on as if it had not been interrupted"

@@ -233,7 +233,11 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
     start = time.perf_counter()
     if site.log_file:
         log_to_file(site.log_file)
-    reply = HANDLERS[name](site, content, partition_id)
+    try:
+        reply = HANDLERS[name](site, content, partition_id)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise RuntimeError(f"out of GPU memory ({first_sentence(error)}); it helps: {advice(site.config)}") from None
     for record in reply.metric_records.values():
         record["total_s"] = time.perf_counter() - start
     return reply
@@ -261,11 +265,7 @@ def train(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
     )
     worker, form = resident_worker(site), site.config.transfer
     received = received_adapter(worker, content)
-    try:
-        adapter, report = fine_tune(worker, received, partition_id, task)
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise RuntimeError(f"out of GPU memory ({first_sentence(error)}); it helps: {advice(site.config)}") from None
+    adapter, report = fine_tune(worker, received, partition_id, task)
     arrays = to_record(transfer.encode(adapter, received, form))
     return RecordDict({"arrays": arrays, "metrics": MetricRecord(report), "worker": worker_record()})
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -23,8 +22,9 @@ from config import (
     setting_names,
     suggest,
 )
-from runfolder import RESUME, may_run_code
+from runfolder import RESUME, folder_given, may_run_code
 
+HARMLESS_ENGINE = re.compile(r"hydra/(launcher|sweeper)=\w+|hydra\.(launcher|sweeper)\.(?!_)\w+=[\w.]+")
 ALIASES = {"fraction_fit.fraction_fit": "strategy.fraction_fit"}
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
@@ -42,11 +42,9 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     Raises:
         SettingsError: if there is no sweep in the folder, or it had other settings than those given beside.
     """
-    mark = "resume_sweep="
-    folders = [argument[len(mark) :] for argument in arguments if argument.startswith(mark)]
-    if not folders:
-        return list(arguments)
-    folder = Path(folders[-1])
+    folder, mark = folder_given("resume_sweep", arguments), "resume_sweep="
+    if folder is None:
+        return [argument for argument in arguments if argument != f"{mark}null"]
     try:
         overrides = OmegaConf.load(folder / "multirun.yaml").hydra.overrides
         own = [item for item in overrides.task if not RESUME.match(item)]
@@ -58,13 +56,12 @@ def resumed(arguments: Sequence[str]) -> list[str]:
         raise SettingsError(
             f"{mark}{folder}: was started with {' '.join([*own, *engine])}; repeat that, or give nothing"
         )
-    for item in own:
-        if may_run_code(item) and item not in given:
+    for item in [*own, *(text for text in engine if not HARMLESS_ENGINE.fullmatch(text))]:
+        if item not in given and may_run_code(item):
             raise SettingsError(
                 f"{mark}{folder}: was started with {item}, which can run code; repeat the whole command"
             )
-    place = '"' + str(folder).replace('"', '\\"') + '"'
-    return ["--multirun", *own, *engine, f"{mark}{place}", f"hydra.sweep.dir={place}"]
+    return ["--multirun", *own, *engine, f'{mark}"{folder}"', f'hydra.sweep.dir="{folder}"']
 
 
 def compose(overrides: Sequence[str] = (), name: str = "config") -> RunConfig:
@@ -121,7 +118,7 @@ REWORDED = {  # what Hydra and OmegaConf say -> what helps
     r"Value '(.*)' of type .* could not be converted to Integer": r"{key}=\1: use a whole number",
     r"Value '(.*)' of type .* could not be converted to Float": r"{key}=\1: use a number",
     r"Value '(.*)' is not a valid bool.*": r"{key}=\1: use true or false",
-    r".*is not Optional.*": r"{key}=null: needs a value",
+    r".*is not Optional.*|Incompatible value 'None' for field.*": r"{key}=null: needs a value",
     r".*Could not find '(.*)/(.*?)' Available options in '.*?': (.*?) Config search path.*": r"\1=\2: use one of: \3",
     r"Error parsing override '(.*?)' (.*?) See http.*": r"\1: is not KEY=VALUE (\2)",
     r"Config group override must be a string.*": r"a group of settings can not be null: name one of its files",
@@ -131,6 +128,8 @@ REWORDED = {  # what Hydra and OmegaConf say -> what helps
 
 def one_line(error: Exception) -> str:
     """Hydra's and OmegaConf's messages as one line: key and value first, then what is allowed."""
+    if isinstance(error, SettingsError):
+        return str(error)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None)
     text = " ".join(str(getattr(cause, "msg", None) or cause).split())

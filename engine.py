@@ -202,13 +202,15 @@ def warm_up(config: RunConfig, log_file: Path) -> None:
         return
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUITE_FOLDER), os.environ.get("PYTHONPATH")]))
     forkserver.set_forkserver_preload(["client"])
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the driver's business
+    # inherited: Ctrl-C and SIGTERM are the driver's business, even if they go to the whole process group
+    handlers = {which: signal.signal(which, signal.SIG_IGN) for which in (signal.SIGINT, signal.SIGTERM)}
     terminal = os.dup(1), os.dup(2)
     try:
         output_to(log_file)
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for which, before in handlers.items():
+            signal.signal(which, before)
         for descriptor, number in zip(terminal, (1, 2), strict=True):
             os.dup2(descriptor, number)
             os.close(descriptor)
@@ -308,6 +310,8 @@ def describe_exit(code: int | None) -> str:
 
 def work(connection: Connection, gpus: str, log_file: Path | None) -> None:
     """The main function of a worker process: answer until the driver is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     if log_file and log_file.parent.is_dir():
         output_to(log_file)  # what libraries print
     if gpus:

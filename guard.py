@@ -1,7 +1,7 @@
 """What the server accepts of a reply: these tensors, finite float32, plausible numbers, an update of ordinary size."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +12,7 @@ from model import Adapter
 PARTS = ("load_s", "data_s", "train_s")
 TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "cut", "model_loads", "tokenizations")
 REPORT = frozenset((*PARTS, *TOTALS, "total_s", "num-examples", "train_loss", "peak_memory_bytes"))
+MOST = 1e12  # of any number that a client reports
 EVALUATION = frozenset(("eval_loss", "eval_token_accuracy", "num-examples", "total_s"))
 
 
@@ -49,17 +50,19 @@ def check_adapter(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str 
 
 
 def check_report(reply: Message, names: frozenset[str]) -> str | None:
-    """Why the numbers in a reply can not be used, or None: exactly these, finite, not negative, a positive weight."""
+    """Why the numbers in a reply can not be used, or None: exactly these, in range, and a whole number of examples."""
     if reply.has_error():
         return str(reply.error.reason)
     reports = list(reply.content.metric_records.values())
     if len(reports) != 1 or set(reports[0]) != names:
         return f"does not report exactly {', '.join(sorted(names))}"
     for name, value in reports[0].items():
-        if not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
+        most = 1.0 if name == "eval_token_accuracy" else MOST
+        if not isinstance(value, int | float) or not 0 <= value <= most:  # nor NaN
             return f"{name}={value} is no usable number"
-    if not reports[0]["num-examples"]:
-        return "num-examples=0 is no usable number"
+    examples: Any = reports[0]["num-examples"]
+    if examples < 1 or examples != int(examples):
+        return f"num-examples={examples} is no usable number"
     worker = reply.content.config_records.get("worker")
     if worker is None or not isinstance(worker.get("process"), str):
         return "does not say which process answered"
@@ -73,17 +76,21 @@ def update_norm(reply: Message, sent: Adapter) -> float:
     return float(np.sqrt(np.sum(squares)))
 
 
-def outliers(norms: Mapping[int, float], most: float | None) -> dict[int, str]:
-    """Why the updates of some clients are too large: their norm is above `most` times the round's median.
+def outliers(norms: Mapping[int, float], earlier: Sequence[float], most: float | None) -> dict[int, str]:
+    """Why the updates of some clients are too large: their norm is above `most` times the median.
 
-    Of an even number of updates the lower middle one counts as the median: of two, one can then be too large.
+    Args:
+        norms: of this round's updates, by client.
+        earlier: of the good updates of some rounds before, so that a few clients can not decide what is ordinary.
+            Of an even number of updates the lower middle one counts as the median; updates of nothing do not count.
     """
-    median = statistics.median_low(norms.values()) if norms else 0.0
-    if most is None or not median:
+    known = [norm for norm in (*norms.values(), *earlier) if norm]
+    if most is None or not known:
         return {}
+    median = statistics.median_low(known)
     return {
-        partition: f"its update has a norm of {norm:.3g}, above strategy.max_norm_ratio={most:g} times the round's "
-        f"median of {median:.3g}"
+        partition: f"its update has a norm of {norm:.3g}, above strategy.max_norm_ratio={most:g} times the median of "
+        f"{median:.3g}"
         for partition, norm in norms.items()
         if norm > most * median
     }

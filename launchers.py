@@ -255,13 +255,13 @@ def submit(options: argparse.Namespace) -> int:
 
 def going_on(overrides: Sequence[str]) -> list[str]:
     """`overrides`; behind `resume=FOLDER` stand the settings of the run in FOLDER, if that is on this machine."""
-    from runfolder import SETTINGS_FILE, continued
+    from runfolder import RESUME, SETTINGS_FILE, continued, folder_given
 
-    folders = [Path(text.partition("=")[2]).resolve() for text in overrides if text.startswith("resume=")]
-    if not folders or not (folders[-1] / SETTINGS_FILE).exists():
+    folder = folder_given("resume", overrides)
+    if folder is None or not (folder / SETTINGS_FILE).exists():
         return list(overrides)
-    others = [text for text in overrides if not text.startswith("resume=")]
-    return [text for text in continued([*others, f"resume={folders[-1]}"]) if not text.startswith("hydra.")]
+    others = [text for text in overrides if not RESUME.match(text)]
+    return [text for text in continued([*others, f"resume={folder.resolve()}"]) if not text.startswith("hydra.")]
 
 
 @contextmanager

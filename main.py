@@ -33,12 +33,11 @@ exit_codes: list[int] = []  # of the jobs of this command line
 def job(cfg: DictConfig) -> float:
     """One run, or one job of a sweep; returns the final training loss, for sweepers."""
     folder, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
-    used = runfolder.is_used(folder)
     try:
         config = checked(cfg)
-        if (config.resume or config.resume_sweep) and (done := compare.read_run(folder)).status == compare.COMPLETE:
-            if done.settings != compare.as_settings(overrides):
-                raise SettingsError(f"{folder} holds a complete run with other settings; choose another folder")
+        going_on = not config.dry_run and (config.resume or config.resume_sweep)
+        if going_on and (done := compare.read_run(folder)).status == compare.COMPLETE:
+            runfolder.check_same(folder, config)
             print(f"{folder}: complete since before")
             return float(done.results["final_train_loss"])
         if not config.dry_run:
@@ -52,12 +51,11 @@ def job(cfg: DictConfig) -> float:
         raise
     except Exception as error:
         exit_codes.append(report(error))
-        going_on = any(map(runfolder.RESUME.match, overrides))
-        if not used or going_on:  # else the folder is another run's
+        if not runfolder.is_used(folder):  # else the error of a run is there already, and any other is none of a run
             with suppress(OSError):
                 (folder / runfolder.ERROR_FILE).write_text(f"{error or repr(error)}\n", encoding="utf-8")
-            if exit_codes[-1] == 1 and not in_sweep():
-                say_how_to_go_on(folder)
+        elif exit_codes[-1] == 1 and not in_sweep():
+            say_how_to_go_on(folder)
         return math.inf
 
 
@@ -94,7 +92,7 @@ def main() -> int:
         print("stopped", file=sys.stderr)
         return getattr(stopped, "exit_code", 130)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
-        return report(error)
+        return report(SettingsError(one_line(error)))
     except OSError as error:
         return report(SettingsError(f"{error.filename}: {error.strerror}; choose another folder (hydra.run.dir)"))
     if compare.SweepReport.failed:

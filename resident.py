@@ -25,7 +25,7 @@ from flwr.app import Error, Message, RecordDict
 
 CLIENT_ERROR = 1  # Error.code of a reply that carries a client's traceback
 SOCKET_VARIABLE, KEY_VARIABLE = "FLOWERTUNE_WORKER", "FLOWERTUNE_WORKER_KEY"
-PARTITIONERS = "flwr_datasets.partitioner."
+PARTITIONERS = re.compile(r"flwr_datasets\.partitioner\.[A-Z]\w*")
 SHIPPED_NAMES = ("quickstart/data/train.jsonl", "quickstart/model")  # the only files of a node that a server may name
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 # KEY=VALUE of this suite: no hydra.* and no ${...}, which could read this machine's files and environment
@@ -93,9 +93,10 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
     """
     from compose import compose
     from config import SettingsError
+    from runfolder import RESUME
     from utils import shipped_path
 
-    given = [text for text in shlex.split(overrides) if not text.startswith("resume=")]  # the server's business
+    given = [text for text in shlex.split(overrides) if not RESUME.match(text)]  # that is the server's business
     for override in given:
         if not SAFE_OVERRIDE.fullmatch(override) or ".." in override:
             raise SettingsError(f"{override}: not a setting that a server may make on a node")
@@ -116,8 +117,8 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
         raise SettingsError(f"dataset.template={template}: on a node, use a template of the suite")
     if any(os.sep in text for text in texts([config.train.training_arguments, config.model.lora])):
         raise SettingsError("train.training_arguments or model.lora: a server can not name a path on this node")
-    if not config.dataset.partitioner["_target_"].startswith(PARTITIONERS):
-        raise SettingsError(f"dataset.partitioner._target_: on a node, use one of {PARTITIONERS}*")
+    if not PARTITIONERS.fullmatch(config.dataset.partitioner["_target_"]):
+        raise SettingsError("dataset.partitioner._target_: on a node, use one of flwr_datasets.partitioner")
     if config.model.trust_remote_code:
         raise SettingsError("model.trust_remote_code=true: a node does not run a model repository's code")
     return config, "dataset" in node

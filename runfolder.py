@@ -2,26 +2,33 @@
 
 import fcntl
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from config import RunConfig, SettingsError
-from utils import write_json
+from utils import write_json, write_whole
 
 SETTINGS_FILE, METRICS_FILE, RESULTS_FILE, ERROR_FILE = "settings.json", "metrics.jsonl", "results.json", "error.txt"
-MAY_CHANGE = (  # settings that a run may go on with changed: they decide how it is done, not what is computed
+MAY_CHANGE = (  # settings that a run may go on with changed: how it is done, up to rounding and to who answers in time
     "resume", "resume_sweep", "dry_run", "tracker", "ray", "client_resources", "model.cache_folder",
     "train.micro_batch_size", "train.keep_checkpoints", "train.save_every_round",
     "train.training_arguments.gradient_checkpointing", "strategy.round_timeout_s", "strategy.min_replies",
     "strategy.round_retries",
 )  # fmt: skip
 RESUME = re.compile(r"\+{0,2}resume(?:_sweep)?=")
-SAFE_TARGETS = ("flwr.serverapp.strategy.", "flwr_datasets.partitioner.")
+# what a stranger's run folder may say: KEY=VALUE of this suite, but no address, no place to write, no code
+HARMLESS = re.compile(
+    r"\+{0,2}(?!hydra\b|ray\b|tracker=(?!tensorboard$|null$)|model\.cache_folder=|model\.lora\.megatron)[a-z][\w./]*=[^$]*"
+)
+FLOWERS = re.compile(
+    r"\+{0,2}(strategy|dataset\.partitioner)\._target_=(flwr\.serverapp\.strategy|flwr_datasets\.partitioner)\.[A-Z]\w*"
+)
 
 
 def folder_of(run_folder: Path, round_number: int) -> Path:
@@ -30,41 +37,59 @@ def folder_of(run_folder: Path, round_number: int) -> Path:
 
 def rounds_in(run_folder: Path) -> list[int]:
     """Rounds that have a checkpoint, whole or damaged, newest first."""
-    names = (folder.name.removeprefix("peft_") for folder in run_folder.glob("peft_*") if folder.is_dir())
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    found = (re.fullmatch(r"peft_([0-9]+)", folder.name) for folder in run_folder.glob("peft_*") if folder.is_dir())
+    return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def continued(arguments: Sequence[str]) -> list[str]:
     """The command line that `resume=FOLDER` stands for: the run's own, in its own folder, and what is given beside.
 
     Raises:
-        SettingsError: if there is no run in the folder, or its settings would run code that is not Flower's.
+        SettingsError: if there is no run in the folder, or its settings could run code and are not given again.
     """
-    folders = [
-        argument.partition("=")[2].strip("'\"") for argument in arguments if re.match(r"\+{0,2}resume=", argument)
-    ]
-    if not folders or folders[-1] == "null":
+    folder = folder_given("resume", arguments)
+    if folder is None:
         return list(arguments)
-    folder = Path(folders[-1])
-    if "--multirun" in arguments or "-m" in arguments:
-        raise SettingsError(f"resume={folder}: goes on with one run; a sweep goes on with resume_sweep=FOLDER")
     given = [argument for argument in arguments if not RESUME.match(argument)]
+    for argument in given:
+        if argument in ("--multirun", "-m"):
+            raise SettingsError(f"resume={folder}: goes on with one run; a sweep goes on with resume_sweep=FOLDER")
+        if argument.startswith("hydra.run.dir="):
+            raise SettingsError(f"{argument}: the run goes on in resume={folder}; leave it out")
     noted = [text for text in read_settings(folder)["overrides"] if not RESUME.match(text)]
     for text in noted:
         if may_run_code(text) and text not in given:
             raise SettingsError(
                 f"resume={folder}: was started with {text}, which can run code; give it again to allow it"
             )
-    place = '"' + str(folder).replace('"', '\\"') + '"'
+    place = f'"{folder}"'
     return [*(text for text in noted if text not in given), *given, f"resume={place}", f"hydra.run.dir={place}"]
 
 
+def folder_given(key: str, arguments: Sequence[str]) -> Path | None:
+    """The folder that KEY=FOLDER names among `arguments`; None for none.
+
+    Raises:
+        SettingsError: if its name would mean something else to Hydra.
+    """
+    values = [text.partition("=")[2] for text in arguments if re.match(rf"\+{{0,2}}{key}=", text)]
+    value = values[-1] if values else "null"
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    if value in ("null", ""):
+        return None
+    if re.search(r"[\"'\\$]", value):
+        raise SettingsError(
+            f"{key}={value}: rename the folder: quotes, backslashes and dollar signs mean something else"
+        )
+    return Path(value)
+
+
 def may_run_code(override: str) -> bool:
-    """Whether a stranger's setting could run code here: a class that is not Flower's, a model's code, Hydra's."""
-    targets = re.findall(r"_target_\W*([\w.]*)", override)
-    return any(not target.startswith(SAFE_TARGETS) for target in targets) or bool(
-        re.search(r"trust_remote_code|\$\{|^\+*hydra\b", override)
-    )
+    """Whether a stranger's setting could run code here: all but KEY=VALUE of this suite and Flower's own classes."""
+    if "_target_" in override:
+        return not FLOWERS.fullmatch(override)
+    return not HARMLESS.fullmatch(override) or bool(re.search("trust_remote_code(?!=false)", override))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -73,6 +98,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         SettingsError: if that file is missing or damaged.
     """
+    if any(path.is_symlink() for path in folder.rglob("*")):
+        raise SettingsError(f"resume={folder}: holds links to other places; a run folder has none")
     try:
         content: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
         if all(isinstance(text, str) for text in content["overrides"]) and isinstance(content["settings"], dict):
@@ -89,30 +116,38 @@ def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterat
     Raises:
         SettingsError: if it can not be written, another process or run has it, or its run has other settings.
     """
-    file = folder / ".lock"
     try:
-        lock = file.open("w")
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # it stays: others may hold it
     except OSError as error:
         raise SettingsError(
             f"hydra.run.dir={folder}: can not be written ({error.strerror}); choose another folder"
         ) from error
-    with lock:
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise SettingsError(
                 f"hydra.run.dir={folder}: another process is at work there; wait for its end"
             ) from error
+        content: dict[str, Any] = {
+            "overrides": [text for text in overrides if not RESUME.match(text)],
+            "settings": asdict(config),
+        }
+        if going_on := is_used(folder):
+            check_same(folder, config)
+            content |= {"data": read_settings(folder).get("data")}
+        elif config.resume:
+            raise SettingsError(f"resume={folder}: no run is there")
+        write_json(folder / SETTINGS_FILE, content)
+        (folder / ERROR_FILE).unlink(missing_ok=True)
         try:
-            going_on = is_used(folder)
-            if going_on:
-                check_same(folder, config)
-            content = {"overrides": [text for text in overrides if not RESUME.match(text)], "settings": asdict(config)}
-            write_json(folder / SETTINGS_FILE, (read_settings(folder) if going_on else {}) | content)
-            (folder / ERROR_FILE).unlink(missing_ok=True)
             yield going_on
-        finally:
-            file.unlink(missing_ok=True)
+        except Exception as error:
+            with suppress(OSError):
+                write_whole(folder / ERROR_FILE, f"{error or repr(error)}\n")
+            raise
+    finally:
+        os.close(lock)
 
 
 def is_used(folder: Path) -> bool:
@@ -149,7 +184,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
     """Note what tells data apart; raise SettingsError if the run in `folder` was started with other data."""
     content = read_settings(folder)
-    if content.get("data", facts) != facts:
+    if (content.get("data") or facts) != facts:
         raise SettingsError(
             f"dataset.name={content['settings']['dataset']['name']}: the run in {folder} was started with other rows "
             f"({content['data']['rows']} then, {facts['rows']} now); put them back to go on with it"
@@ -162,5 +197,6 @@ def command_to_go_on(folder: Path, sweep: Path | None = None) -> str:
     if sweep and (sweep / "multirun.yaml").exists():
         return f"python main.py resume_sweep={shlex.quote(str(sweep))}"
     if rounds_in(folder) and not (folder / RESULTS_FILE).exists():
-        return f"python main.py resume={shlex.quote(str(folder))}"
+        again = [text for text in read_settings(folder)["overrides"] if may_run_code(text)]
+        return f"python main.py {shlex.join([f'resume={folder}', *again])}"
     return ""

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,9 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-count = holding = 0  # signals that came; blocks that let them wait
+TWICE_S = 1.0  # `timeout` and Slurm signal a process and its group: within this time that is one request
+first_s: float | None = None  # when the first signal came
+holding = 0  # blocks that let it wait
 waiting: list[int] = []
 
 
@@ -26,10 +29,13 @@ def listen() -> None:
 
 
 def stop(number: int, _frame: Any) -> None:
-    global count
-    count += 1
-    if count > 1:
+    global first_s
+    now = time.monotonic()
+    if first_s is not None:
+        if now - first_s < TWICE_S:
+            return
         os._exit(128 + number)  # the workers see that their driver is gone, and leave
+    first_s = now
     if not holding:
         raise Stopped(number)
     waiting.append(number)
@@ -38,12 +44,12 @@ def stop(number: int, _frame: Any) -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """A first signal waits until this block has ended, well or not."""
+    """A first signal waits until this block has ended; where it fails, its error goes first."""
     global holding
     holding += 1
     try:
         yield
     finally:
         holding -= 1
-        if waiting and not holding:
-            raise Stopped(waiting.pop())
+    if waiting and not holding:
+        raise Stopped(waiting.pop())

@@ -5,14 +5,15 @@ The round loop is ours and the arithmetic is Flower's: a strategy's `configure_t
 from (seed, round) by partition id, because Flower's node ids are random in every run.
 """
 
+import dataclasses
 import functools
 import json
 import logging
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -34,6 +35,7 @@ from checkpoint import State
 from config import RunConfig, SamplingConfig, SettingsError, check_keywords, share_of
 from guard import (
     EVALUATION,
+    MOST,
     PARTS,
     TOTALS,
     check_adapter,
@@ -62,6 +64,7 @@ from utils import (
 
 log = logging.getLogger(__name__)
 
+NORM_ROUNDS = 5  # rounds whose updates say what size is ordinary
 POLL_S = 0.5  # of a SuperLink; each poll is a request that takes some of its processor
 NODE_UNAVAILABLE = ErrorCode.NODE_UNAVAILABLE
 
@@ -98,7 +101,7 @@ def make_strategy(config: RunConfig) -> Strategy:
         raise SettingsError(
             f"strategy._target_={target}: not a message-based Flower strategy (flwr.serverapp.strategy)"
         )
-    own = {entry.name for entry in fields(SamplingConfig)}
+    own = {entry.name for entry in dataclasses.fields(SamplingConfig)}
     arguments = {key: value for key, value in config.strategy.items() if key not in own}
     decided = {
         "fraction_train": "set strategy.fraction_fit",
@@ -153,14 +156,15 @@ class Federation:
         self.shapes = adapters.adapter_shapes(adapters.read_config(config.model), self.lora)
         self.state = State(adapters.initial_adapter(self.shapes, self.lora, config.seed))
         self.initial = self.state.adapter
-        self.sent: dict[int, Adapter] = {}  # node id -> the adapter that it trains on
+        self.sent: dict[int, Adapter] = {}  # by partition id: the adapter that the client was sent last
         self.traffic = dict.fromkeys(("bytes_down", "bytes_up"), 0)  # since the last line of metrics.jsonl
         self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl
-        self.whole = True  # adapter, strategy and metrics are those of the same round
+        self.before: tuple[State, checkpoint.StrategyState] | None = None  # while a round is being added to them
         self.saved = 0  # round of the newest checkpoint
         self.waited_s = 0.0  # until the first round
         self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
         self.num_rows: dict[int, int] = {}
+        self.norms: dict[int, float] = {}  # by partition id: sizes of this round's good updates
         self.unusable: set[int] = set()  # nodes that were left out for good
 
     def run(self, grid: Grid) -> dict[str, Any]:
@@ -184,15 +188,16 @@ class Federation:
             self.save_last_round()
             raise
 
-    def meet_clients(self, grid: Grid, at_least: int = 1) -> None:
+    def meet_clients(self, grid: Grid, at_least: int, timeout_s: float = float("inf")) -> None:
         """Wait for `at_least` clients, ask those that are new who they are, and forget those that are gone.
 
         A node that comes with the partition of another takes its place: nodes get new ids when they restart.
 
         Raises:
-            RunError: if a client can not say who it is, or two say the same, before the first round.
+            RunError: if a client can not say who it is, or two say the same, before the first round; if there are
+                too few after `timeout_s` seconds.
         """
-        said = 0
+        said, deadline = 0, time.monotonic() + timeout_s
         while True:
             online = set(grid.get_node_ids())
             self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
@@ -206,6 +211,8 @@ class Federation:
                 return
             if len(replies) < len(new):
                 raise RunError(f"{len(self.nodes)} of {at_least} clients answered in {self.timeout_s:g}s")
+            if time.monotonic() > deadline:
+                raise RunError(f"{len(self.nodes)} of {at_least} clients (strategy.min_replies) came in {timeout_s:g}s")
             if said < (said := len(self.nodes)):
                 self.progress.say(f"{said} of {at_least} clients are here")
             time.sleep(getattr(grid, "poll_s", POLL_S))
@@ -216,15 +223,21 @@ class Federation:
             if reply.error.code != NODE_UNAVAILABLE:  # else it left without a word, or will be asked again
                 self.refuse(node, f"a client can not say who it is:\n{reply.error.reason}")
             return
-        facts: Any = reply.content["client"]
-        partition = int(facts["partition-id"])
+        try:
+            facts: Any = reply.content["client"]
+            partition, rows, device = int(facts["partition-id"]), int(facts["num-rows"]), str(facts["device"])
+            if partition < 0 or not 0 <= rows <= MOST:
+                raise ValueError(f"partition {partition} with {rows} rows")
+        except (KeyError, TypeError, ValueError) as error:
+            self.refuse(node, f"a client can not say who it is: {error!r}")
+            return
         if partition in self.nodes:
             self.refuse(
                 self.nodes[partition], f"two clients have partition {partition}; each needs its own partition-id"
             )
         self.nodes[partition] = node
-        self.num_rows[partition] = int(facts["num-rows"])
-        log.info("client %s: %s rows, %s", partition, facts["num-rows"], facts["device"])
+        self.num_rows[partition] = rows
+        log.info("client %s: %s rows, %s", partition, rows, device)
 
     def refuse(self, node: int, reason: str) -> None:
         """Leave `node` out from here on; before the first round that ends the run."""
@@ -256,31 +269,34 @@ class Federation:
             round_number, self.config.num_rounds, train.learning_rate_max, train.learning_rate_min
         )
         good, dropped, retries = self.collect(grid, round_number, learning_rate)
-        with stopping.held():  # from here on a signal waits until the round is whole
-            aggregating = time.perf_counter()
-            self.aggregate(round_number, [reply for _, reply in good])
-            aggregated = time.perf_counter()
-            record: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
-            record |= self.account(good) | {"dropped": dropped, "retries": retries}
-            record |= self.evaluate(grid, round_number)
-            record |= self.traffic
-            self.traffic = dict.fromkeys(self.traffic, 0)
-            record["seconds"] |= {
-                "transfer": max(0.0, aggregating - start - busiest_process(good)),
-                "aggregate": aggregated - aggregating,
-                "wall": time.perf_counter() - start,
-            }
+        aggregating = time.perf_counter()
+        seen = dict(self.state.rows_seen)
+        self.before = dataclasses.replace(self.state, rows_seen=seen), checkpoint.strategy_state(self.strategy)
+        self.aggregate(round_number, [reply for _, reply in good])
+        aggregated = time.perf_counter()
+        record: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
+        record |= self.account(good) | {"dropped": dropped, "retries": retries, "update_norms": self.norms}
+        record |= self.evaluate(grid, round_number)
+        record |= self.traffic
+        self.traffic = dict.fromkeys(self.traffic, 0)
+        record["seconds"] |= {
+            "transfer": max(0.0, aggregating - start - busiest_process(good)),
+            "aggregate": aggregated - aggregating,
+            "wall": time.perf_counter() - start,
+        }
+        with stopping.held():  # a signal waits until the round is on disk
             self.record(record)
         log.info("round %s: %s", round_number, record)
         self.progress.round_done(record)
 
     def record(self, record: dict[str, Any]) -> None:
         """Take a round down in metrics.jsonl; from here on it is a whole one."""
-        self.metrics.append(record)
-        self.state.elapsed_s += record["seconds"]["wall"]
         with self.writing():
             append_json_line(self.folder / METRICS_FILE, record)
-            self.whole = True
+        self.metrics.append(record)
+        self.state.elapsed_s += record["seconds"]["wall"]
+        self.before = None
+        with self.writing():
             if record["round"] % self.config.train.save_every_round == 0 or record["round"] == self.config.num_rounds:
                 self.save_checkpoint()
 
@@ -295,12 +311,12 @@ class Federation:
         sampling = self.config.sampling
         good: dict[int, Message] = {}
         dropped: dict[int, str] = {}
+        self.norms = {}
         for trial in range(sampling.round_retries + 1):
-            self.meet_clients(grid, sampling.min_replies)
+            self.meet_clients(grid, sampling.min_replies, self.timeout_s)
             chosen = self.choose("train", round_number, sampling.fraction_fit, trial, good, dropped)
             messages = self.messages("train", grid, round_number, chosen, **{"learning-rate": learning_rate})
-            good |= self.guard(round_number, chosen, self.exchange(grid, messages), good, dropped)
-            good = {partition: reply for partition, reply in good.items() if partition not in dropped}
+            self.guard(round_number, chosen, self.exchange(grid, messages), good, dropped)
             if len(good) >= sampling.min_replies:
                 return sorted(good.items()), dropped, trial
             if trial < sampling.round_retries:
@@ -308,7 +324,7 @@ class Federation:
                     f"round {round_number}: {len(good)} good replies, {sampling.min_replies} are needed: other clients "
                     "are asked"
                 )
-        partition, fault = next(iter(dropped.items()))
+        partition, fault = next(iter(dropped.items()), ("", "nothing"))
         raise RunError(
             f"round {round_number}: {len(good) or 'not one'} valid {'reply' if len(good) < 2 else 'replies'} "
             f"from clients {sorted([*good, *dropped])}, strategy.min_replies={sampling.min_replies}; "
@@ -328,7 +344,7 @@ class Federation:
 
         In a further trial, as many as are missing behind the `good` ones: such as were not `dropped`, if there are.
         """
-        count = max(1, share_of(len(self.nodes), fraction), self.config.sampling.min_replies if trial else 0)
+        count = max(1, share_of(len(self.nodes), fraction), self.config.sampling.min_replies * (purpose == "train"))
         if not trial:
             return sample(self.nodes, min(count, len(self.nodes)), purpose, self.config.seed, round_number)
         others = set(self.nodes) - set(good)
@@ -344,7 +360,6 @@ class Federation:
         Raises:
             RunError: if it makes none, or not one of finite numbers.
         """
-        self.whole = False
         name = type(self.strategy).__name__
         try:
             arrays, _ = self.strategy.aggregate_train(round_number, replies)
@@ -372,13 +387,14 @@ class Federation:
         arrays, shown = to_record(self.state.adapter), cast(Any, ShownNodes(grid, list(partition_of)))
         packed: dict[int, tuple[ArrayRecord, Adapter]] = {}  # one for all messages that share their arrays
         messages = []
-        for message in configure(round_number, arrays, ConfigRecord(settings), shown):
+        for message in list(configure(round_number, arrays, ConfigRecord(settings), shown)):  # a list: ids must stay
             record, node = message.content.array_records["arrays"], message.metadata.dst_node_id
             if id(record) not in packed:
                 packed[id(record)] = self.packed(record)
-            sent, self.sent[node] = packed[id(record)]
+            partition = partition_of[node]
+            sent, self.sent[partition] = packed[id(record)]
             own: dict[str, Any] = {
-                "first-row": self.state.rows_seen.get(partition_of[node], 0),
+                "first-row": self.state.rows_seen.get(partition, 0),
                 "server-round": round_number,
             }
             if self.config.transfer != "fp32":
@@ -399,7 +415,7 @@ class Federation:
     def initial_sha256(self) -> str:
         return transfer.digest(self.initial)
 
-    def unpacked(self, node: int, reply: Message) -> Message:
+    def unpacked(self, partition: int, reply: Message) -> Message:
         """`reply` with its adapter in float32; a reply without a usable one stays as it is, for the guard.
 
         Raises:
@@ -409,7 +425,7 @@ class Federation:
         if self.config.transfer == "fp32" or len(records) != 1:
             return reply
         arrays = {name: array.numpy() for name, array in records[0].items()}
-        adapter = transfer.decode(arrays, self.sent[node], self.config.transfer)
+        adapter = transfer.decode(arrays, self.sent[partition], self.config.transfer)
         reply.content.array_records[next(iter(reply.content.array_records))] = to_record(adapter)
         return reply
 
@@ -418,29 +434,27 @@ class Federation:
         round_number: int,
         chosen: Sequence[int],
         replies: Mapping[int, Message],
-        earlier: Mapping[int, Message],
+        good: dict[int, Message],
         dropped: dict[int, str],
-    ) -> dict[int, Message]:
-        """The replies that can be aggregated, by partition id; the others are named, and noted in `dropped`.
-
-        Args:
-            earlier: good replies of earlier trials of this round, with which the updates' sizes are compared.
-        """
-        good, faults = {}, {}
+    ) -> None:
+        """Put the replies that can be aggregated into `good`; the others are named, and noted in `dropped`."""
+        faults = {}
         for partition in chosen:
-            dropped.pop(partition, None)  # in an earlier trial
             reply = replies.get(self.nodes[partition])
             fault = self.fault_of(partition, reply) if reply else f"no reply in {self.timeout_s:g}s"
             if fault:
                 faults[partition] = fault
             elif reply:
                 good[partition] = reply
-        norms = {p: update_norm(reply, self.sent[self.nodes[p]]) for p, reply in {**earlier, **good}.items()}
-        faults |= outliers(norms, self.config.sampling.max_norm_ratio)
+                self.norms[partition] = update_norm(reply, self.sent[partition])
+                dropped.pop(partition, None)  # in an earlier trial
+        earlier = [norm for line in self.metrics[-NORM_ROUNDS:] for norm in line["update_norms"].values()]
+        faults |= outliers(self.norms, earlier, self.config.sampling.max_norm_ratio)
         for partition, fault in faults.items():
+            good.pop(partition, None)
+            self.norms.pop(partition, None)
             dropped[partition] = fault
             self.blame(round_number, partition, "is left out", fault)
-        return {partition: reply for partition, reply in good.items() if partition not in faults}
 
     def blame(self, round_number: int, partition: int, what: str, fault: str) -> None:
         """Name a client's fault: whole in the log, its last line to the user."""
@@ -450,7 +464,7 @@ class Federation:
     def fault_of(self, partition: int, reply: Message) -> str | None:
         """Why a reply can not be aggregated, or None; then its adapter is in float32."""
         try:
-            return check_reply(self.unpacked(self.nodes[partition], reply), self.shapes, self.num_rows[partition])
+            return check_reply(self.unpacked(partition, reply), self.shapes, self.num_rows[partition])
         except Exception as error:  # its arrays may be anything
             return f"its adapter can not be read: {error}"
 
@@ -529,13 +543,16 @@ class Federation:
     def save_checkpoint(self) -> None:
         """Write `peft_<round>/`, and remove the oldest beyond `train.keep_checkpoints`."""
         facts = {"quantization": self.config.model.quantization}
-        checkpoint.save(self.folder, self.state, self.strategy, self.lora, self.template, facts)
+        strategy = self.before[1] if self.before else checkpoint.strategy_state(self.strategy)
+        checkpoint.save(self.folder, self.state, strategy, self.lora, self.template, facts)
         self.saved = self.state.round_number
         checkpoint.prune(self.folder, self.config.train.keep_checkpoints, self.metrics)
 
     def save_last_round(self) -> None:
-        """When the run ends early: keep the last whole round, unless it is on disk, or half of another is done."""
-        if not self.whole or self.saved == self.state.round_number:
+        """When the run ends early: keep the last whole round, unless it is on disk."""
+        if self.before:
+            self.state = self.before[0]
+        if self.saved == self.state.round_number:
             return
         try:
             with stopping.held(), self.writing():
@@ -561,15 +578,23 @@ class Federation:
         """
         metrics = read_json_lines(self.folder / METRICS_FILE)
         whole = next((n for n, line in enumerate(metrics) if line.get("round") != n + 1), len(metrics))
-        state = checkpoint.newest(self.folder, self.strategy, self.shapes, whole, self.progress.warn)
-        if state is None:
-            if rounds_in(self.folder):
-                self.progress.warn(f"{METRICS_FILE} lacks round {whole + 1}, so no checkpoint can be gone on from")
-            state = self.state
-        self.state, self.saved, self.metrics = state, state.round_number, metrics[: state.round_number]
+        try:
+            state = checkpoint.newest(self.folder, self.strategy, self.shapes, whole, self.progress.warn)
+        except OSError as error:
+            raise RunError(f"{self.folder}: a checkpoint can not be read ({error})") from error
+        if state is None and rounds_in(self.folder):
+            raise SettingsError(
+                f"resume={self.folder}: {METRICS_FILE} lacks round {whole + 1}, which all checkpoints need; "
+                "put it back, or start again in another folder"
+            )
+        self.state = state or self.state
+        self.saved, self.metrics = self.state.round_number, metrics[: self.state.round_number]
         with self.writing():
+            for number in rounds_in(self.folder):
+                if number > self.saved:  # of rounds whose metrics are lost: they are done again
+                    shutil.rmtree(folder_of(self.folder, number))
             write_whole(self.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.metrics))
-        self.progress.going_on(self.state.round_number)
+        self.progress.going_on(self.saved)
 
     def summarize(self) -> dict[str, Any]:
         """Write results.json and train_loss.png; returns the former."""
@@ -592,9 +617,9 @@ class Federation:
             "adapter_sha256": file_sha256(folder / adapters.ADAPTER_FILE),
         }
         with self.writing():
-            write_json(self.folder / RESULTS_FILE, summary)
             title = f"{self.config.model.name}, {self.config.num_clients} clients"
             plot_train_loss(self.metrics, self.folder / "train_loss.png", title)
+            write_json(self.folder / RESULTS_FILE, summary)  # last: it says that the run is complete
         return summary
 
 

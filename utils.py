@@ -129,8 +129,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a whole file or nothing: beside it first, then renamed into place; on disk when this returns."""
     beside = path.with_name(f"{path.name}.tmp")
+    beside.unlink(missing_ok=True)  # of a process that was killed, or a link to somewhere else
     try:
-        beside.write_text(text, encoding="utf-8")
+        with beside.open("x", encoding="utf-8") as file:
+            file.write(text)
         sync(beside)
         beside.replace(path)
     except OSError:

@@ -291,7 +291,7 @@ def test_four_commands_give_the_adapter_of_the_simulation_bit_for_bit(tmp_path):
         results = json.loads((deployed.results() / "results.json").read_text())
         metrics = read_json_lines(deployed.results() / "metrics.jsonl")
         files = {file.name for file in deployed.results().iterdir()}
-    assert {"peft_4", "metrics.jsonl", "results.json", "train_loss.png", "main.log", ".hydra"} <= files
+    assert {"peft_4", "metrics.jsonl", "results.json", "train_loss.png", "main.log", "settings.json"} <= files
     assert (results["model_loads"], results["processes"], results["tokenizations"]) == (2, 2, 2)
     simulated = simulate(tmp_path / "simulated")
     assert results["adapter_sha256"] == simulated["adapter_sha256"]
@@ -318,6 +318,35 @@ def simulate(folder: Path) -> dict:
     done = subprocess.run(command, cwd=SUITE_FOLDER, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_stopped_run_goes_on_with_the_adapter_of_one_that_was_not(tmp_path):
+    with engine(tmp_path / "deployed") as deployed:
+        deployed.node("first", "app:client1")
+        deployed.node("second", "app:client2")
+        command = ["flower-server-app", "app:server", "--insecure", "--superlink", f"127.0.0.1:{deployed.port}"]
+        first = subprocess.Popen(
+            [*command, *QUICKSTART, "train.save_every_round=1"], cwd=deployed.folder, env=deployed.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        seen = []
+        for line in first.stdout:
+            seen.append(line)
+            if line.startswith("round 2/"):
+                first.send_signal(signal.SIGINT)
+        assert first.wait(60) != 0, "".join(seen)
+        folder = deployed.results()
+        assert not (folder / "results.json").exists(), "".join(seen)
+        other = deployed.run(f"resume={folder}", "seed=7")
+        assert other.returncode != 0
+        assert "seed=7: the run in" in " ".join(other.stdout.split()), other.stdout
+        done = deployed.run(f"resume={folder}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        results = json.loads((folder / "results.json").read_text())
+        rounds = [line["round"] for line in read_json_lines(folder / "metrics.jsonl")]
+    assert rounds == [1, 2, 3, 4]
+    assert results["adapter_sha256"] == simulate(tmp_path / "simulated")["adapter_sha256"]
 
 
 @pytest.mark.slow

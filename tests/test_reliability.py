@@ -17,13 +17,16 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from safetensors.numpy import load_file
 
+import app
 import checkpoint
 import client
 import memory
 import runfolder
 import stopping
 import training
+from compose import resumed
 from config import SettingsError
 from dataset import load_rows
 from guard import REPORT, outliers
@@ -167,7 +170,7 @@ def test_damaged_checkpoint_is_found_and_the_one_before_is_used(name, damage, wh
     assert outcome(folder) == outcome(whole)
 
 
-@pytest.mark.parametrize("offset", [0, 1, 500, 5000])
+@pytest.mark.parametrize("offset", [0, 1, 500, 2000])
 def test_metrics_cut_anywhere_cost_only_the_rounds_that_they_lack(offset, whole_run, tmp_path):
     config, whole = whole_run
     folder = tmp_path / "run"
@@ -201,6 +204,51 @@ def test_as_many_checkpoints_are_kept_as_asked_and_the_best(tmp_path):
     assert runfolder.rounds_in(tmp_path) == [6, 5, 3]
     checkpoint.prune(tmp_path, None, lines)
     assert runfolder.rounds_in(tmp_path) == [6, 5, 3]
+
+
+class Torn(FedAvg):
+    """Raises in round 4, after half of its work."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.momentum = np.zeros(3)
+
+    def aggregate_train(self, server_round, replies):
+        self.momentum += server_round  # in place
+        if server_round == 4:
+            raise ArithmeticError("half done")
+        return super().aggregate_train(server_round, replies)
+
+
+def test_rounds_before_one_that_tears_are_kept_with_the_strategys_state_of_then(tmp_path):
+    config = small(*SIX, "train.save_every_round=100", "strategy._target_=tests.test_reliability.Torn")
+    with pytest.raises(RunError, match="round 4: Torn can not aggregate 4 replies: half done"):
+        play(config, tmp_path)
+    assert runfolder.rounds_in(tmp_path) == [3]
+    values = load_file(tmp_path / "peft_3" / "strategy.safetensors")
+    assert values["momentum|"].tolist() == [6, 6, 6]  # 1 + 2 + 3
+
+
+def test_file_that_can_not_be_read_now_is_no_damage(whole_run, tmp_path, monkeypatch):
+    config, whole = whole_run
+    shutil.copytree(whole, tmp_path / "run")
+
+    def broken(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.adapters, "load_adapter", broken)
+    with pytest.raises(RunError, match="a checkpoint can not be read .*Input/output error"):
+        play(config, tmp_path / "run", going_on=True)
+    assert runfolder.rounds_in(tmp_path / "run") == [6, 4, 2]
+
+
+def test_metrics_without_any_checkpoints_rounds_are_not_thrown_away(whole_run, tmp_path):
+    config, whole = whole_run
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(SettingsError, match="lacks round 1, which all checkpoints need"):
+        play(config, tmp_path / "run", going_on=True)
+    assert runfolder.rounds_in(tmp_path / "run") == [6, 4, 2]
 
 
 class Counting(FedAvg):
@@ -248,7 +296,7 @@ def test_folder_belongs_to_one_process_and_one_run(tmp_path):
             runfolder.claimed(tmp_path, config, []),
         ):
             pass
-    assert [file.name for file in tmp_path.iterdir()] == ["settings.json"]
+    assert {file.name for file in tmp_path.iterdir()} == {"settings.json", ".lock"}
     with pytest.raises(SettingsError, match="holds the results of another run; choose another folder, or resume="):
         runfolder.claimed(tmp_path, config, []).__enter__()
     with runfolder.claimed(tmp_path, small(f"resume={tmp_path}"), []) as going_on:
@@ -323,6 +371,15 @@ def test_folder_without_readable_settings_gets_one_line(content, tmp_path, capsy
         "hydra/launcher=joblib",
         "+hydra.callbacks.x._target_=os.system",
         "seed=${oc.env:HOME}",
+        "+strategy.f={_target_: flwr.serverapp.strategy.bulyan.np.load, allow_pickle: true}",
+        "strategy._target_=flwr.serverapp.strategy.bulyan.np.load",
+        "--config-dir=/tmp/evil",
+        "-cd=/tmp/evil",
+        "'hydra.verbose=true'",
+        "~hydra.callbacks",
+        "ray.address=evil:1",
+        "model.lora.megatron_core=evil",
+        "model.cache_folder=/home/you",
     ],
 )
 def test_strangers_run_folder_can_not_run_code(evil, tmp_path):
@@ -330,6 +387,74 @@ def test_strangers_run_folder_can_not_run_code(evil, tmp_path):
     with pytest.raises(SettingsError, match="which can run code; give it again to allow it"):
         runfolder.continued([f"resume={tmp_path}"])
     assert evil in runfolder.continued([f"resume={tmp_path}", evil])
+
+
+def test_harmless_settings_are_not_asked_for_again(tmp_path):
+    harmless = [
+        "experiment=quickstart", "model.name=/data/my model", "model.trust_remote_code=false", "+model.lora.r=4",
+        "strategy._target_=flwr.serverapp.strategy.FedYogi", "dataset/partitioner=dirichlet", "seed=3",
+    ]  # fmt: skip
+    write_settings(tmp_path, *harmless)
+    assert runfolder.continued([f"resume={tmp_path}"])[: len(harmless)] == harmless
+
+
+def test_command_to_go_on_says_what_has_to_be_said_again(tmp_path):
+    write_settings(tmp_path, "seed=1", "strategy._target_=my.own.Strategy")
+    assert runfolder.command_to_go_on(tmp_path) == ""
+    (tmp_path / "peft_3").mkdir()
+    command = runfolder.command_to_go_on(tmp_path)
+    assert command == f"python main.py resume={tmp_path} strategy._target_=my.own.Strategy"
+
+
+def test_strangers_sweep_can_not_run_code(tmp_path):
+    (tmp_path / "multirun.yaml").write_text(
+        "hydra:\n  overrides:\n    hydra: ['+hydra.callbacks.x={_target_: numpy.load}']\n    task: [seed=1]\n"
+    )
+    with pytest.raises(SettingsError, match="which can run code"):
+        resumed([f"resume_sweep={tmp_path}"])
+    assert resumed(["resume_sweep=null", "seed=1"]) == ["seed=1"]
+
+
+@pytest.mark.parametrize("name", ["settings.json.tmp", ".lock", "metrics.jsonl", "peft_1/state.json"])
+def test_links_in_a_strangers_folder_are_not_followed(name, tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("precious")
+    (folder / name).parent.mkdir(parents=True)
+    write_settings(folder, "seed=1")
+    (folder / name).symlink_to(victim)
+    with pytest.raises(SettingsError, match="holds links"):
+        runfolder.continued([f"resume={folder}"])
+    with pytest.raises(SettingsError), runfolder.claimed(folder, small(f"resume={folder}"), []):
+        pass
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["__class__.polluted", "__doc__", "aggregate_train", "strategy.x", "summary"])
+def test_strategys_state_can_not_reach_its_class(name):
+    strategy = FedAvg()
+    values, arrays = checkpoint.strategy_state(strategy)
+    with pytest.raises((SettingsError, KeyError)):
+        checkpoint.restore_strategy(strategy, values | {name: {"kind": "value", "value": 1}}, arrays)
+
+
+@pytest.mark.parametrize("given", ["a'b", 'a"b', "a\\", "a${b}"])
+def test_folder_names_that_mean_something_to_hydra_are_refused(given):
+    with pytest.raises(SettingsError, match="rename the folder"):
+        runfolder.continued([f"resume={given}"])
+
+
+def test_superlink_goes_on_only_with_runs_below_its_outputs(tmp_path):
+    somebodys = tmp_path / "somebodys"
+    somebodys.mkdir()
+    with pytest.raises(SettingsError, match="on a SuperLink only runs below"):
+        app.run_folder(tmp_path / "outputs", str(somebodys))
+    inside = tmp_path / "outputs" / "run"
+    inside.mkdir(parents=True)
+    with pytest.raises(SettingsError, match="not the folder of a run"):
+        app.run_folder(tmp_path / "outputs", str(inside))
+    write_settings(inside)
+    assert app.run_folder(tmp_path / "outputs", str(inside)) == inside
+    assert app.run_folder(tmp_path / "outputs", None).parent.parent == tmp_path / "outputs"
 
 
 def test_run_folder_holds_no_pickle(whole_run):
@@ -426,12 +551,18 @@ def test_guard_works_with_every_strategy(name, tmp_path):
         ({1: 1.0, 2: 1e30}, None, []),
         ({1: 5.0}, 2.0, []),
         ({1: 1.0, 2: 1.1, 3: 0.9, 4: 99.0, 5: 88.0}, 3.0, [4, 5]),
-        ({1: 0.0, 2: 0.0, 3: 1.0}, 3.0, []),  # a median of zero says nothing
+        ({1: 0.0, 2: 0.0, 3: 1.0}, 3.0, []),  # updates of nothing do not count
         ({}, 3.0, []),
     ],
 )
 def test_update_is_too_large_when_its_norm_is_far_above_the_median(norms, most, dropped):
-    assert list(outliers(norms, most)) == dropped
+    assert list(outliers(norms, [], most)) == dropped
+
+
+def test_earlier_rounds_say_what_is_ordinary_too():
+    assert list(outliers({1: 0.0, 2: 1e6}, [1.0, 1.1, 0.9], 10.0)) == [2]  # its partner sends no update at all
+    assert list(outliers({1: 1e-7, 2: 1.0}, [1.0, 1.1, 0.9], 10.0)) == []  # or a tiny one
+    assert list(outliers({1: 3e38}, [1.0], 10.0)) == [1]
 
 
 def test_too_few_good_replies_ask_other_clients(tmp_path):
@@ -446,6 +577,61 @@ def test_too_few_good_replies_ask_other_clients(tmp_path):
     assert set(second["clients"]) == {6, 7}
     assert set(second["dropped"]) == set(clients.good[2]) - {6, 7}
     assert federation.progress.rounds[2]["retries"] == 0
+
+
+class Leaving(LocalGrid):
+    """A grid from which a client leaves after it has answered in round 2, or comes back under another id."""
+
+    def __init__(self, app, num_clients, new_id):
+        super().__init__(app, num_clients)
+        self.new_id, self.left = new_id, False
+
+    def push_messages(self, messages):
+        names = super().push_messages(messages)
+        if not self.left and 2 in self.app.good:
+            partition = next(iter(self.app.good[2]))
+            node = next(node for node, known in self.nodes.items() if known == partition)
+            del self.nodes[node]
+            if self.new_id:
+                self.nodes[self.new_id] = partition
+            self.left = True
+        return names
+
+
+@pytest.mark.parametrize("new_id", [0, 5])
+def test_client_that_leaves_between_two_trials_has_answered_all_the_same(new_id, tmp_path):
+    def bad(partition, number, reply):
+        return lost(reply) if number == 2 and partition != next(iter(clients.good[2])) else reply
+
+    config = small(*SIX, "strategy.min_replies=2", "strategy.round_retries=1", "num_rounds=3")
+    clients = Clients(config, bad)
+    federation = make_federation(config, tmp_path)
+    with pytest.raises(RunError, match="round 2: 1 valid reply"):
+        federation.run(Leaving(clients, 8, new_id))
+
+
+@pytest.mark.parametrize(
+    "facts", [{}, {"partition-id": "x", "num-rows": 3, "device": ""}, {"partition-id": 0, "num-rows": -1, "device": ""}]
+)
+def test_newcomer_that_can_not_say_who_it_is_ends_no_run(facts, tmp_path):
+    config = small(*SIX, "num_rounds=3")
+    clients = Clients(config)
+
+    class Newcomer(LocalGrid):
+        def get_node_ids(self):
+            return [*self.nodes, 99] if 2 in clients.good else list(self.nodes)
+
+        def answer(self, message):
+            if message.metadata.dst_node_id != 99:
+                return super().answer(message)
+            message.metadata.__dict__["_message_id"] = "newcomer"
+            self.replies["newcomer"] = Message(RecordDict({"client": ConfigRecord(facts)}), reply_to=message)
+            return "newcomer"
+
+    federation = make_federation(config, tmp_path)
+    federation.run(Newcomer(clients, 8))
+    assert federation.progress.warnings == [w for w in federation.progress.warnings if "who it is" in w]
+    assert len(federation.progress.warnings) == 1
 
 
 def test_run_below_its_quorum_ends_and_keeps_the_rounds_before(tmp_path):
@@ -649,8 +835,8 @@ def test_second_signal_ends_at_once_and_leaves_no_process(tmp_path):
     """The first one comes where a round is being recorded, so it has to wait."""
     code = (
         "import sys, time, main, strategy\n"
-        "def slow(self, grid, number):\n    print('recording', flush=True)\n    time.sleep(60)\n    return {}\n"
-        "strategy.Federation.evaluate = slow\n"
+        "def slow(self, record):\n    print('recording', flush=True)\n    time.sleep(60)\n    return {}\n"
+        "strategy.Federation.record = slow\n"
         "if __name__ == '__main__': sys.exit(main.main())\n"
     )
     script = tmp_path / "slow.py"
@@ -664,6 +850,7 @@ def test_second_signal_ends_at_once_and_leaves_no_process(tmp_path):
     workers = children(run.pid)
     run.send_signal(signal.SIGTERM)
     wait_for(run, "stopping as soon as this round is on disk; once more stops at once")
+    time.sleep(1.5)
     second = time.monotonic()
     run.send_signal(signal.SIGTERM)
     assert run.wait(10) == 143
@@ -674,7 +861,7 @@ def test_second_signal_ends_at_once_and_leaves_no_process(tmp_path):
 
 def test_signal_waits_for_what_must_not_be_torn(monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(stopping, "count", 0)
+    monkeypatch.setattr(stopping, "first_s", None)
     signal.signal(signal.SIGTERM, stopping.stop)
     done = []
     try:
@@ -689,6 +876,7 @@ def test_signal_waits_for_what_must_not_be_torn(monkeypatch):
 def hold_on(done: list) -> None:
     with stopping.held(), stopping.held():
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # `timeout` sends it to the process and to its group
         done.append(True)
 
 
