@@ -25,6 +25,10 @@ class SettingsError(ValueError):
         return " ".join(super().__str__().split())  # whatever the user's own value holds
 
 
+class RunError(RuntimeError):
+    """A run that can not go on; the message says what happened and to whom."""
+
+
 def ranged(low: float | None = None, high: float | None = None, *, above: float | None = None) -> Any:
     """A required number in [low, high], or in (above, high]."""
     return field(default=MISSING, metadata={"low": low, "high": high, "above": above})

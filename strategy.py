@@ -15,12 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import hydra
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from hydra.utils import get_class
@@ -32,10 +31,10 @@ import model as adapters
 import stopping
 import transfer
 from checkpoint import State
-from config import RunConfig, SamplingConfig, SettingsError, check_keywords, share_of
+from clients import Clients, Progress
+from config import RunConfig, RunError, SamplingConfig, SettingsError, check_keywords, share_of
 from guard import (
     EVALUATION,
-    MOST,
     PARTS,
     TOTALS,
     check_adapter,
@@ -65,21 +64,6 @@ from utils import (
 log = logging.getLogger(__name__)
 
 NORM_ROUNDS = 5  # rounds whose updates say what size is ordinary
-POLL_S = 0.5  # of a SuperLink; each poll is a request that takes some of its processor
-NODE_UNAVAILABLE = ErrorCode.NODE_UNAVAILABLE
-
-
-class RunError(RuntimeError):
-    """A run that can not go on; the message says what happened and to whom."""
-
-
-class Progress(Protocol):
-    """Where the server says how far it is. See progress.py."""
-
-    def say(self, message: str) -> None: ...
-    def going_on(self, round_number: int) -> None: ...
-    def round_done(self, record: Mapping[str, Any]) -> None: ...
-    def warn(self, message: str) -> None: ...
 
 
 def make_strategy(config: RunConfig) -> Strategy:
@@ -157,15 +141,12 @@ class Federation:
         self.state = State(adapters.initial_adapter(self.shapes, self.lora, config.seed))
         self.initial = self.state.adapter
         self.sent: dict[int, Adapter] = {}  # by partition id: the adapter that the client was sent last
-        self.traffic = dict.fromkeys(("bytes_down", "bytes_up"), 0)  # since the last line of metrics.jsonl
         self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl
         self.before: tuple[State, checkpoint.StrategyState] | None = None  # while a round is being added to them
         self.saved = 0  # round of the newest checkpoint
         self.waited_s = 0.0  # until the first round
-        self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
-        self.num_rows: dict[int, int] = {}
+        self.clients: Clients  # from the start of `run` on
         self.norms: dict[int, float] = {}  # by partition id: sizes of this round's good updates
-        self.unusable: set[int] = set()  # nodes that were left out for good
 
     def run(self, grid: Grid) -> dict[str, Any]:
         """All rounds that are left; returns the summary that results.json holds.
@@ -178,82 +159,25 @@ class Federation:
         started = time.perf_counter()
         self.progress.say("waiting for the clients")
         try:
-            self.meet_clients(grid, self.config.num_clients)
-            self.complete_adapter(grid)
+            self.clients = Clients(grid, self.config.sampling.round_timeout_s, self.progress)
+            self.clients.wait_for(self.config.num_clients)
+            self.clients.strict = False
+            self.complete_adapter()
             self.waited_s = time.perf_counter() - started
             for round_number in range(self.state.round_number + 1, self.config.num_rounds + 1):
-                self.play_round(grid, round_number)
+                self.play_round(round_number)
             return self.summarize()
         except BaseException:
             self.save_last_round()
             raise
 
-    def meet_clients(self, grid: Grid, at_least: int, timeout_s: float = float("inf")) -> None:
-        """Wait for `at_least` clients, ask those that are new who they are, and forget those that are gone.
-
-        A node that comes with the partition of another takes its place: nodes get new ids when they restart.
-
-        Raises:
-            RunError: if a client can not say who it is, or two say the same, before the first round; if there are
-                too few after `timeout_s` seconds.
-        """
-        said, deadline = 0, time.monotonic() + timeout_s
-        while True:
-            online = set(grid.get_node_ids())
-            self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
-            new = sorted(online - set(self.nodes.values()) - self.unusable)
-            replies = self.exchange(
-                grid, [Message(RecordDict(), n, MessageType.QUERY, ttl=self.timeout_s) for n in new]
-            )
-            for node, reply in replies.items():
-                self.meet(node, reply)
-            if len(self.nodes) >= at_least:
-                return
-            if len(replies) < len(new):
-                raise RunError(f"{len(self.nodes)} of {at_least} clients answered in {self.timeout_s:g}s")
-            if time.monotonic() > deadline:
-                raise RunError(f"{len(self.nodes)} of {at_least} clients (strategy.min_replies) came in {timeout_s:g}s")
-            if said < (said := len(self.nodes)):
-                self.progress.say(f"{said} of {at_least} clients are here")
-            time.sleep(getattr(grid, "poll_s", POLL_S))
-
-    def meet(self, node: int, reply: Message) -> None:
-        """Take down who the client on `node` is."""
-        if reply.has_error():
-            if reply.error.code != NODE_UNAVAILABLE:  # else it left without a word, or will be asked again
-                self.refuse(node, f"a client can not say who it is:\n{reply.error.reason}")
-            return
-        try:
-            facts: Any = reply.content["client"]
-            partition, rows, device = int(facts["partition-id"]), int(facts["num-rows"]), str(facts["device"])
-            if partition < 0 or not 0 <= rows <= MOST:
-                raise ValueError(f"partition {partition} with {rows} rows")
-        except (KeyError, TypeError, ValueError) as error:
-            self.refuse(node, f"a client can not say who it is: {error!r}")
-            return
-        if partition in self.nodes:
-            self.refuse(
-                self.nodes[partition], f"two clients have partition {partition}; each needs its own partition-id"
-            )
-        self.nodes[partition] = node
-        self.num_rows[partition] = rows
-        log.info("client %s: %s rows, %s", partition, rows, device)
-
-    def refuse(self, node: int, reason: str) -> None:
-        """Leave `node` out from here on; before the first round that ends the run."""
-        if not self.state.round_number:
-            raise RunError(reason)
-        self.unusable.add(node)
-        log.error("%s", reason)
-        self.progress.warn(reason.strip().splitlines()[-1])
-
-    def complete_adapter(self, grid: Grid) -> None:
+    def complete_adapter(self) -> None:
         """Fetch from one client the tensors whose first values depend on the base weights (DoRA's magnitudes)."""
         if set(self.initial) == set(self.shapes):
             return
-        ask = Message(RecordDict(), self.nodes[min(self.nodes)], f"{MessageType.QUERY}.initial_adapter")
-        replies = list(self.exchange(grid, [ask]).values())
-        fault = check_adapter(replies[0], self.shapes) if replies else f"no reply in {self.timeout_s:g}s"
+        ask = Message(RecordDict(), self.clients.nodes[min(self.clients.nodes)], f"{MessageType.QUERY}.initial_adapter")
+        replies = list(self.clients.exchange([ask]).values())
+        fault = check_adapter(replies[0], self.shapes) if replies else f"no reply in {self.clients.timeout_s:g}s"
         if fault:
             raise RunError(f"no initial adapter: {fault}")
         received: Any = replies[0].content["arrays"]
@@ -261,14 +185,14 @@ class Federation:
         if not self.state.round_number:
             self.state.adapter = self.initial
 
-    def play_round(self, grid: Grid, round_number: int) -> None:
+    def play_round(self, round_number: int) -> None:
         """Sample, train, check, aggregate, record; a checkpoint every `save_every_round` rounds."""
         start = time.perf_counter()
         train = self.config.train
         learning_rate = cosine_learning_rate(
             round_number, self.config.num_rounds, train.learning_rate_max, train.learning_rate_min
         )
-        good, dropped, retries = self.collect(grid, round_number, learning_rate)
+        good, dropped, retries = self.collect(round_number, learning_rate)
         aggregating = time.perf_counter()
         seen = dict(self.state.rows_seen)
         self.before = dataclasses.replace(self.state, rows_seen=seen), checkpoint.strategy_state(self.strategy)
@@ -276,9 +200,8 @@ class Federation:
         aggregated = time.perf_counter()
         record: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
         record |= self.account(good) | {"dropped": dropped, "retries": retries, "update_norms": self.norms}
-        record |= self.evaluate(grid, round_number)
-        record |= self.traffic
-        self.traffic = dict.fromkeys(self.traffic, 0)
+        record |= self.evaluate(round_number)
+        record |= self.clients.take_traffic()
         record["seconds"] |= {
             "transfer": max(0.0, aggregating - start - busiest_process(good)),
             "aggregate": aggregated - aggregating,
@@ -300,9 +223,7 @@ class Federation:
             if record["round"] % self.config.train.save_every_round == 0 or record["round"] == self.config.num_rounds:
                 self.save_checkpoint()
 
-    def collect(
-        self, grid: Grid, round_number: int, learning_rate: float
-    ) -> tuple[list[tuple[int, Message]], dict[int, str], int]:
+    def collect(self, round_number: int, learning_rate: float) -> tuple[list[tuple[int, Message]], dict[int, str], int]:
         """Let clients train until `min_replies` replies are good; returns these by client, and what was dropped.
 
         Raises:
@@ -313,10 +234,10 @@ class Federation:
         dropped: dict[int, str] = {}
         self.norms = {}
         for trial in range(sampling.round_retries + 1):
-            self.meet_clients(grid, sampling.min_replies, self.timeout_s)
+            self.clients.wait_for(sampling.min_replies, sampling.round_timeout_s)
             chosen = self.choose("train", round_number, sampling.fraction_fit, trial, good, dropped)
-            messages = self.messages("train", grid, round_number, chosen, **{"learning-rate": learning_rate})
-            self.guard(round_number, chosen, self.exchange(grid, messages), good, dropped)
+            messages = self.messages("train", round_number, chosen, **{"learning-rate": learning_rate})
+            self.guard(round_number, chosen, self.clients.exchange(messages), good, dropped)
             if len(good) >= sampling.min_replies:
                 return sorted(good.items()), dropped, trial
             if trial < sampling.round_retries:
@@ -344,15 +265,16 @@ class Federation:
 
         In a further trial, as many as are missing behind the `good` ones: such as were not `dropped`, if there are.
         """
-        count = max(1, share_of(len(self.nodes), fraction), self.config.sampling.min_replies * (purpose == "train"))
+        here, key = set(self.clients.nodes), (purpose, self.config.seed, round_number)
+        least = self.config.sampling.min_replies if purpose == "train" else 1
+        count = min(len(here), max(least, share_of(len(here), fraction)))
         if not trial:
-            return sample(self.nodes, min(count, len(self.nodes)), purpose, self.config.seed, round_number)
-        others = set(self.nodes) - set(good)
-        fresh, missing = others - set(dropped), count - len(set(good))
-        key = (purpose, self.config.seed, round_number, trial)
-        chosen = sample(fresh, min(missing, len(fresh)), *key)
-        again = sorted(others - fresh)
-        return sorted(chosen + sample(again, min(missing - len(chosen), len(again)), *key, "again"))
+            return sample(here, count, *key)
+        others, missing = here - set(good), count - len(set(good))
+        fresh = others - set(dropped)
+        chosen = sample(fresh, min(missing, len(fresh)), *key, trial)
+        again = others - fresh
+        return sorted(chosen + sample(again, min(missing - len(chosen), len(again)), *key, trial, "again"))
 
     def aggregate(self, round_number: int, replies: Sequence[Message]) -> None:
         """Let the strategy make the next adapter.
@@ -373,18 +295,16 @@ class Federation:
             raise RunError(f"round {round_number}: {name} made an adapter of numbers that are not finite")
         self.state.adapter, self.state.round_number = adapter, round_number
 
-    def messages(
-        self, purpose: str, grid: Grid, round_number: int, chosen: Sequence[int], **settings: Any
-    ) -> list[Message]:
+    def messages(self, purpose: str, round_number: int, chosen: Sequence[int], **settings: Any) -> list[Message]:
         """The strategy's messages to the `chosen` clients, each with the position in that client's own data.
 
         Args:
             purpose: `train` or `evaluate`.
             settings: for the clients' config, beside what the strategy puts there.
         """
-        partition_of = {self.nodes[partition]: partition for partition in chosen}
+        partition_of = {self.clients.nodes[partition]: partition for partition in chosen}
         configure = {"train": self.strategy.configure_train, "evaluate": self.strategy.configure_evaluate}[purpose]
-        arrays, shown = to_record(self.state.adapter), cast(Any, ShownNodes(grid, list(partition_of)))
+        arrays, shown = to_record(self.state.adapter), cast(Any, ShownNodes(self.clients.grid, list(partition_of)))
         packed: dict[int, tuple[ArrayRecord, Adapter]] = {}  # one for all messages that share their arrays
         messages = []
         for message in list(configure(round_number, arrays, ConfigRecord(settings), shown)):  # a list: ids must stay
@@ -401,7 +321,7 @@ class Federation:
                 own["initial-sha256"] = self.initial_sha256
             config = ConfigRecord(dict(message.content.config_records["config"]) | own)
             content = RecordDict(dict(message.content) | {"arrays": sent, "config": config})
-            messages.append(Message(content, node, purpose, ttl=self.timeout_s))
+            messages.append(Message(content, node, purpose, ttl=self.clients.timeout_s))
         return messages
 
     def packed(self, arrays: ArrayRecord) -> tuple[ArrayRecord, Adapter]:
@@ -440,8 +360,8 @@ class Federation:
         """Put the replies that can be aggregated into `good`; the others are named, and noted in `dropped`."""
         faults = {}
         for partition in chosen:
-            reply = replies.get(self.nodes[partition])
-            fault = self.fault_of(partition, reply) if reply else f"no reply in {self.timeout_s:g}s"
+            reply = replies.get(self.clients.nodes[partition])
+            fault = self.fault_of(partition, reply) if reply else f"no reply in {self.clients.timeout_s:g}s"
             if fault:
                 faults[partition] = fault
             elif reply:
@@ -464,7 +384,7 @@ class Federation:
     def fault_of(self, partition: int, reply: Message) -> str | None:
         """Why a reply can not be aggregated, or None; then its adapter is in float32."""
         try:
-            return check_reply(self.unpacked(partition, reply), self.shapes, self.num_rows[partition])
+            return check_reply(self.unpacked(partition, reply), self.shapes, self.clients.num_rows[partition])
         except Exception as error:  # its arrays may be anything
             return f"its adapter can not be read: {error}"
 
@@ -494,16 +414,16 @@ class Federation:
             "seconds": {part[:-2]: sum(report[part] for report in reports.values()) for part in PARTS},
         }
 
-    def evaluate(self, grid: Grid, round_number: int) -> dict[str, Any]:
+    def evaluate(self, round_number: int) -> dict[str, Any]:
         """Loss of the new adapter on held-out rows of some clients, if `fraction_evaluate` asks for it."""
         if not self.config.sampling.fraction_evaluate:
             return {}
         chosen = self.choose("evaluate", round_number, self.config.sampling.fraction_evaluate)
-        messages = self.messages("evaluate", grid, round_number, chosen)
-        replies = self.exchange(grid, messages)
+        messages = self.messages("evaluate", round_number, chosen)
+        replies = self.clients.exchange(messages)
         reports = []
         for partition in chosen:
-            reply = replies.get(self.nodes[partition])
+            reply = replies.get(self.clients.nodes[partition])
             fault = check_report(reply, EVALUATION) if reply else "no reply"
             if fault:
                 self.blame(round_number, partition, "could not evaluate", fault)
@@ -515,30 +435,6 @@ class Federation:
         names = ("eval_loss", "eval_token_accuracy")
         means = {name: sum(r[name] * r["num-examples"] for r in reports) / weight for name in names}
         return means | {"evaluated": len(reports)}
-
-    @property
-    def timeout_s(self) -> float:
-        return self.config.sampling.round_timeout_s
-
-    def exchange(self, grid: Grid, messages: Iterable[Message]) -> dict[int, Message]:
-        """Send `messages`; the replies that came in time, by node id.
-
-        A reply is known by the message that it answers: when a node is lost, the engine answers for it.
-        """
-        sent: dict[str, int] = {}
-        for message in messages:
-            self.traffic["bytes_down"] += payload_bytes(message)
-            sent |= dict.fromkeys(grid.push_messages([message]), message.metadata.dst_node_id)
-        deadline = time.monotonic() + self.timeout_s
-        replies: dict[int, Message] = {}
-        while len(replies) < len(sent) and time.monotonic() < deadline:
-            waiting = [name for name, node in sent.items() if node not in replies]
-            for reply in grid.pull_messages(waiting):
-                replies[sent[reply.metadata.reply_to_message_id]] = reply
-                self.traffic["bytes_up"] += payload_bytes(reply)
-            if len(replies) < len(sent):
-                time.sleep(getattr(grid, "poll_s", POLL_S))
-        return replies
 
     def save_checkpoint(self) -> None:
         """Write `peft_<round>/`, and remove the oldest beyond `train.keep_checkpoints`."""
@@ -633,10 +529,3 @@ def busiest_process(good: Sequence[tuple[int, Message]]) -> float:
     for _, reply in good:
         busy[process_of(reply)] += float(metrics_of(reply)["total_s"])
     return max(busy.values())
-
-
-def payload_bytes(message: Message) -> int:
-    """Bytes of the arrays in a message."""
-    if message.has_error():
-        return 0
-    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())

@@ -10,6 +10,7 @@ from peft import PeftModel
 import client
 import model as adapters
 from client import Site, Task, Worker, client_app, fine_tune
+from engine import identify_as_flower_task
 from guard import REPORT, check_reply
 from strategy import RunError, make_strategy, sample
 from tests.conftest import LocalGrid, make_federation, run_locally, small
@@ -143,6 +144,7 @@ def reply_to(message: Message, a, examples=1.0, **changes) -> Message:
 
 @pytest.fixture
 def question():
+    identify_as_flower_task()
     grid = LocalGrid(None, 1)
     message = Message(RecordDict(), 1000, "train")
     message.metadata.__dict__["_message_id"] = "question"
@@ -253,7 +255,7 @@ def test_node_that_restarts_takes_its_place_again(tmp_path):
     client._resident.clear()
     federation = make_federation(config, tmp_path)
     federation.run(Restarting(client_app(Site(config)), 4))
-    assert federation.nodes[0] == 1
+    assert federation.clients.nodes[0] == 1
     assert [record["clients"] for record in federation.progress.rounds] == [[0, 1, 2, 3]] * 3
 
 
