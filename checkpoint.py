@@ -30,9 +30,9 @@ STATE_FILE, STRATEGY_FILE = "state.json", "strategy.safetensors"
 StrategyState = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class State:
-    """What a run knows after a round, besides the metrics and the strategy: enough to go on from here."""
+    """What a run knows after a whole round, besides the metrics: enough to go on from here."""
 
     adapter: Adapter
     round_number: int = 0
@@ -40,22 +40,21 @@ class State:
     """By partition id: rows that the client has trained on, counting repetitions."""
     elapsed_s: float = 0.0
     """Seconds that the rounds took so far, in all processes that the run had."""
+    strategy: StrategyState = field(default_factory=lambda: ({}, {}))
+    """What `strategy_state` said then."""
 
 
-def save(
-    run_folder: Path, state: State, strategy: StrategyState, lora: LoraConfig, template: str, facts: Mapping[str, Any]
-) -> None:
+def save(run_folder: Path, state: State, lora: LoraConfig, template: str, facts: Mapping[str, Any]) -> None:
     """Write `peft_<round>/` beside, then rename it; on disk when this returns.
 
     Args:
-        strategy: what `strategy_state` said after that round.
         facts: more for state.json.
     """
     folder = folder_of(run_folder, state.round_number)
     beside = folder.with_suffix(".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     adapters.save_adapter(beside, state.adapter, lora, template)
-    values, arrays = strategy
+    values, arrays = state.strategy
     if arrays:
         save_file(arrays, beside / STRATEGY_FILE)
     content = {
@@ -86,9 +85,10 @@ def load(run_folder: Path, round_number: int, strategy: Strategy, shapes: Mappin
         raise ValueError("its adapter has other tensors than model.lora makes")
     content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     file = folder / STRATEGY_FILE
-    restore_strategy(strategy, content["strategy"], load_file(file) if file.exists() else {})
+    kept = content["strategy"], load_file(file) if file.exists() else {}
+    restore_strategy(strategy, *kept)
     rows_seen = {int(partition): int(rows) for partition, rows in content["rows_seen"].items()}
-    return State(adapter, round_number, rows_seen, float(content["elapsed_s"]))
+    return State(adapter, round_number, rows_seen, float(content["elapsed_s"]), kept)
 
 
 def newest(
@@ -175,12 +175,12 @@ def restore_strategy(strategy: Strategy, values: Mapping[str, Any], arrays: Mapp
     Raises:
         SettingsError: if the strategy held something that a checkpoint can not keep.
     """
-    for key in {**values, **{name: None for name, _ in attributes(strategy)}}:
-        kept = values.get(key, {"kind": "unknown"})
+    for key, kept in values.items():
         kind = kept["kind"]
         *path, name = key.split(".")
         owner: Any = functools.reduce(lambda part, step: vars(part)[step], path, strategy)
         parts = {part.partition("|")[2]: array for part, array in arrays.items() if part.partition("|")[0] == key}
+        # a file may have been made by anybody: data into attributes of a strategy, never into classes or functions
         known = isinstance(owner, Strategy) and not hasattr(type(owner), name) and not callable(vars(owner).get(name))
         if kind == "unknown" or not known:
             raise SettingsError(

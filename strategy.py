@@ -142,7 +142,6 @@ class Federation:
         self.initial = self.state.adapter
         self.sent: dict[int, Adapter] = {}  # by partition id: the adapter that the client was sent last
         self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl
-        self.before: tuple[State, checkpoint.StrategyState] | None = None  # while a round is being added to them
         self.saved = 0  # round of the newest checkpoint
         self.waited_s = 0.0  # until the first round
         self.clients: Clients  # from the start of `run` on
@@ -183,7 +182,7 @@ class Federation:
         received: Any = replies[0].content["arrays"]
         self.initial = dict(sorted(({name: received[name].numpy() for name in self.shapes} | self.initial).items()))
         if not self.state.round_number:
-            self.state.adapter = self.initial
+            self.state = State(self.initial)
 
     def play_round(self, round_number: int) -> None:
         """Sample, train, check, aggregate, record; a checkpoint every `save_every_round` rounds."""
@@ -194,33 +193,31 @@ class Federation:
         )
         good, dropped, retries = self.collect(round_number, learning_rate)
         aggregating = time.perf_counter()
-        seen = dict(self.state.rows_seen)
-        self.before = dataclasses.replace(self.state, rows_seen=seen), checkpoint.strategy_state(self.strategy)
-        self.aggregate(round_number, [reply for _, reply in good])
+        adapter = self.aggregate(round_number, [reply for _, reply in good])
         aggregated = time.perf_counter()
-        record: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
-        record |= self.account(good) | {"dropped": dropped, "retries": retries, "update_norms": self.norms}
-        record |= self.evaluate(round_number)
-        record |= self.clients.take_traffic()
-        record["seconds"] |= {
+        rows_seen = dict(self.state.rows_seen)
+        line: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
+        line |= self.account(good, rows_seen) | {"dropped": dropped, "retries": retries, "update_norms": self.norms}
+        line |= self.evaluate(round_number, adapter) | self.clients.take_traffic()
+        line["seconds"] |= {
             "transfer": max(0.0, aggregating - start - busiest_process(good)),
             "aggregate": aggregated - aggregating,
-            "wall": time.perf_counter() - start,
+            "wall": (wall := time.perf_counter() - start),
         }
+        kept = checkpoint.strategy_state(self.strategy)
         with stopping.held():  # a signal waits until the round is on disk
-            self.record(record)
-        log.info("round %s: %s", round_number, record)
-        self.progress.round_done(record)
+            self.record(line, State(adapter, round_number, rows_seen, self.state.elapsed_s + wall, kept))
+        log.info("round %s: %s", round_number, line)
+        self.progress.round_done(line)
 
-    def record(self, record: dict[str, Any]) -> None:
-        """Take a round down in metrics.jsonl; from here on it is a whole one."""
+    def record(self, line: dict[str, Any], state: State) -> None:
+        """Take a round down in metrics.jsonl; from here on `state` is the last whole one."""
         with self.writing():
-            append_json_line(self.folder / METRICS_FILE, record)
-        self.metrics.append(record)
-        self.state.elapsed_s += record["seconds"]["wall"]
-        self.before = None
-        with self.writing():
-            if record["round"] % self.config.train.save_every_round == 0 or record["round"] == self.config.num_rounds:
+            append_json_line(self.folder / METRICS_FILE, line)
+        self.metrics.append(line)
+        self.state = state
+        if state.round_number % self.config.train.save_every_round == 0 or state.round_number == self.config.num_rounds:
+            with self.writing():
                 self.save_checkpoint()
 
     def collect(self, round_number: int, learning_rate: float) -> tuple[list[tuple[int, Message]], dict[int, str], int]:
@@ -236,8 +233,10 @@ class Federation:
         for trial in range(sampling.round_retries + 1):
             self.clients.wait_for(sampling.min_replies, sampling.round_timeout_s)
             chosen = self.choose("train", round_number, sampling.fraction_fit, trial, good, dropped)
-            messages = self.messages("train", round_number, chosen, **{"learning-rate": learning_rate})
-            self.guard(round_number, chosen, self.clients.exchange(messages), good, dropped)
+            messages = self.messages(
+                "train", round_number, chosen, self.state.adapter, **{"learning-rate": learning_rate}
+            )
+            self.accept(round_number, chosen, self.clients.exchange(messages), good, dropped)
             if len(good) >= sampling.min_replies:
                 return sorted(good.items()), dropped, trial
             if trial < sampling.round_retries:
@@ -276,8 +275,8 @@ class Federation:
         again = others - fresh
         return sorted(chosen + sample(again, min(missing - len(chosen), len(again)), *key, trial, "again"))
 
-    def aggregate(self, round_number: int, replies: Sequence[Message]) -> None:
-        """Let the strategy make the next adapter.
+    def aggregate(self, round_number: int, replies: Sequence[Message]) -> Adapter:
+        """The next adapter, as the strategy makes it.
 
         Raises:
             RunError: if it makes none, or not one of finite numbers.
@@ -290,12 +289,14 @@ class Federation:
             raise RunError(f"round {round_number}: {name} can not aggregate {len(replies)} replies: {error}") from error
         if arrays is None:
             raise RunError(f"round {round_number}: {name} made no adapter of {len(replies)} replies")
-        adapter = {name: arrays[name].numpy().astype(np.float32) for name in sorted(self.shapes)}
+        adapter = {tensor: arrays[tensor].numpy().astype(np.float32) for tensor in sorted(self.shapes)}
         if not all(np.isfinite(value).all() for value in adapter.values()):
             raise RunError(f"round {round_number}: {name} made an adapter of numbers that are not finite")
-        self.state.adapter, self.state.round_number = adapter, round_number
+        return adapter
 
-    def messages(self, purpose: str, round_number: int, chosen: Sequence[int], **settings: Any) -> list[Message]:
+    def messages(
+        self, purpose: str, round_number: int, chosen: Sequence[int], adapter: Adapter, **settings: Any
+    ) -> list[Message]:
         """The strategy's messages to the `chosen` clients, each with the position in that client's own data.
 
         Args:
@@ -304,7 +305,7 @@ class Federation:
         """
         partition_of = {self.clients.nodes[partition]: partition for partition in chosen}
         configure = {"train": self.strategy.configure_train, "evaluate": self.strategy.configure_evaluate}[purpose]
-        arrays, shown = to_record(self.state.adapter), cast(Any, ShownNodes(self.clients.grid, list(partition_of)))
+        arrays, shown = to_record(adapter), cast(Any, ShownNodes(self.clients.grid, list(partition_of)))
         packed: dict[int, tuple[ArrayRecord, Adapter]] = {}  # one for all messages that share their arrays
         messages = []
         for message in list(configure(round_number, arrays, ConfigRecord(settings), shown)):  # a list: ids must stay
@@ -349,7 +350,7 @@ class Federation:
         reply.content.array_records[next(iter(reply.content.array_records))] = to_record(adapter)
         return reply
 
-    def guard(
+    def accept(
         self,
         round_number: int,
         chosen: Sequence[int],
@@ -388,16 +389,16 @@ class Federation:
         except Exception as error:  # its arrays may be anything
             return f"its adapter can not be read: {error}"
 
-    def account(self, good: Sequence[tuple[int, Message]]) -> dict[str, Any]:
-        """What the round did, from the replies that count; also moves the clients' data positions on."""
+    def account(self, good: Sequence[tuple[int, Message]], rows_seen: dict[int, int]) -> dict[str, Any]:
+        """What the round did, from the replies that count; also moves the clients' positions in `rows_seen` on."""
         reports = {partition: metrics_of(reply) for partition, reply in good}
         weights = {partition: report["num-examples"] for partition, report in reports.items()}
         for partition, report in reports.items():
-            if partition not in self.state.rows_seen and report["without_response"]:
+            if partition not in rows_seen and report["without_response"]:
                 self.progress.warn(
                     f"client {partition}: {report['without_response']} rows without a response are left out"
                 )
-            self.state.rows_seen[partition] = self.state.rows_seen.get(partition, 0) + int(report["rows"])
+            rows_seen[partition] = rows_seen.get(partition, 0) + int(report["rows"])
 
         def total(name: str) -> int:
             return int(sum(report[name] for report in reports.values()))
@@ -406,7 +407,7 @@ class Federation:
             "train_loss": sum(weights[p] * reports[p]["train_loss"] for p in reports) / sum(weights.values()),
             "clients": list(reports),
             "num_examples": weights,
-            "rows_used": {p: int(min(self.state.rows_seen[p], weights[p])) for p in reports},
+            "rows_used": {p: int(min(rows_seen[p], weights[p])) for p in reports},
             **{name: total(name) for name in TOTALS},
             "processes": sorted({process_of(reply) for _, reply in good}),
             "peak_memory_bytes": int(max(report["peak_memory_bytes"] for report in reports.values())),
@@ -414,12 +415,12 @@ class Federation:
             "seconds": {part[:-2]: sum(report[part] for report in reports.values()) for part in PARTS},
         }
 
-    def evaluate(self, round_number: int) -> dict[str, Any]:
-        """Loss of the new adapter on held-out rows of some clients, if `fraction_evaluate` asks for it."""
+    def evaluate(self, round_number: int, adapter: Adapter) -> dict[str, Any]:
+        """Loss of the new `adapter` on held-out rows of some clients, if `fraction_evaluate` asks for it."""
         if not self.config.sampling.fraction_evaluate:
             return {}
         chosen = self.choose("evaluate", round_number, self.config.sampling.fraction_evaluate)
-        messages = self.messages("evaluate", round_number, chosen)
+        messages = self.messages("evaluate", round_number, chosen, adapter)
         replies = self.clients.exchange(messages)
         reports = []
         for partition in chosen:
@@ -439,15 +440,12 @@ class Federation:
     def save_checkpoint(self) -> None:
         """Write `peft_<round>/`, and remove the oldest beyond `train.keep_checkpoints`."""
         facts = {"quantization": self.config.model.quantization}
-        strategy = self.before[1] if self.before else checkpoint.strategy_state(self.strategy)
-        checkpoint.save(self.folder, self.state, strategy, self.lora, self.template, facts)
+        checkpoint.save(self.folder, self.state, self.lora, self.template, facts)
         self.saved = self.state.round_number
         checkpoint.prune(self.folder, self.config.train.keep_checkpoints, self.metrics)
 
     def save_last_round(self) -> None:
         """When the run ends early: keep the last whole round, unless it is on disk."""
-        if self.before:
-            self.state = self.before[0]
         if self.saved == self.state.round_number:
             return
         try:
