@@ -207,6 +207,7 @@ def main() -> int:
         print(f"error: --output={options.output}: can not be written ({error.strerror})", file=sys.stderr)
         return 2
     print((options.output / "sweep.md").read_text(encoding="utf-8"), end="")
+    print(f"written: sweep.csv, sweep.md, train_loss.png in {options.output.resolve()}", file=sys.stderr)
     return 0
 
 

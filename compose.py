@@ -22,7 +22,7 @@ from config import (
     setting_names,
     suggest,
 )
-from runfolder import RESUME, folder_given, may_run_code
+from runfolder import RESUME, folder_given, must_be_said
 
 HARMLESS_ENGINE = re.compile(r"hydra/(launcher|sweeper)=\w+|hydra\.(launcher|sweeper)\.(?!_)\w+=[\w.]+")
 ALIASES = {"fraction_fit.fraction_fit": "strategy.fraction_fit"}
@@ -57,9 +57,10 @@ def resumed(arguments: Sequence[str]) -> list[str]:
             f"{mark}{folder}: was started with {' '.join([*own, *engine])}; repeat that, or give nothing"
         )
     for item in [*own, *(text for text in engine if not HARMLESS_ENGINE.fullmatch(text))]:
-        if item not in given and may_run_code(item):
+        if item not in given and must_be_said(item):
             raise SettingsError(
-                f"{mark}{folder}: was started with {item}, which can run code; repeat the whole command"
+                f"{mark}{folder}: was started with {item}, which can run code, call an address or write "
+                "elsewhere; repeat the whole command"
             )
     return ["--multirun", *own, *engine, f'{mark}"{folder}"', f'hydra.sweep.dir="{folder}"']
 

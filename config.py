@@ -227,7 +227,7 @@ def check_together(config: RunConfig) -> None:
     if sampling.min_replies > config.clients_per_round:
         raise SettingsError(
             f"strategy.min_replies={sampling.min_replies}: a round has {config.clients_per_round} clients "
-            "(num_clients x strategy.fraction_fit); use at most that"
+            "(num_clients x strategy.fraction_fit); use at most that, or a larger strategy.fraction_fit"
         )
     if sampling.fraction_evaluate and not share_of(config.num_clients, sampling.fraction_evaluate):
         raise SettingsError(
@@ -252,9 +252,9 @@ def check_keywords(key: str, given: Mapping[str, Any], target: Any, managed: Map
         if managed and name in managed:
             raise SettingsError(f"{key}.{name}={given[name]}: decided by this suite; {managed[name]}")
         if name not in known and name != "_target_":
-            raise SettingsError(
-                f"{key}.{name}={given[name]}: {target.__name__} has no such field{suggest(name, known)}"
-            )
+            ours = [own.name for own in fields(SamplingConfig)] if key == "strategy" else []
+            hint = suggest(name, [*known, *ours])
+            raise SettingsError(f"{key}.{name}={given[name]}: {target.__name__} has no such field{hint}")
         default = parameters[name].default if name in parameters else None
         if type(default) in (int, float) and (isinstance(value, str) or value is None):
             raise SettingsError(f"{key}.{name}={value}: use a number")

@@ -59,7 +59,7 @@ class WorkerGrid(Grid):
 
     def __init__(self, workers: Sequence[Worker], num_clients: int) -> None:
         identify_as_flower_task()
-        self.workers, self.num_clients = workers, num_clients
+        self.workers, self.num_clients, self.closing = workers, num_clients, False
         self.questions: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self.replies: dict[str, Message] = {}
         self.threads = [threading.Thread(target=self._drive, args=[worker], daemon=True) for worker in workers]
@@ -68,6 +68,7 @@ class WorkerGrid(Grid):
 
     def close(self) -> None:
         """End all workers, whatever they are doing; none is left when this returns."""
+        self.closing = True
         for _ in self.workers:
             self.questions.put(None)
         for worker in self.workers:
@@ -84,7 +85,8 @@ class WorkerGrid(Grid):
                     raise WorkerDied("no worker was free in time")
                 reply = worker.answer(message, message.metadata.dst_node_id - 1, left_s)
             except Exception as error:  # the server must learn of it, or it would wait
-                log.error("client %s: %r", message.metadata.dst_node_id - 1, error)
+                if not self.closing:
+                    log.error("client %s: %r", message.metadata.dst_node_id - 1, error)
                 reply = Message(Error(WORKER_DIED, str(error)), reply_to=message)
             if message.metadata.created_at + message.metadata.ttl > time.time():  # else nobody waits for it any more
                 self.replies[message.metadata.message_id] = reply

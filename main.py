@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from compose import canonical, checked, one_line, resumed
 from config import CONFIG_FOLDER, SettingsError
 
 exit_codes: list[int] = []  # of the jobs of this command line
+last_words: list[str] = []  # of the job that was stopped
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="config")
@@ -38,7 +40,7 @@ def job(cfg: DictConfig) -> float:
         going_on = not config.dry_run and (config.resume or config.resume_sweep)
         if going_on and (done := compare.read_run(folder)).status == compare.COMPLETE:
             runfolder.check_same(folder, config)
-            print(f"{folder}: complete since before")
+            print(f"{folder}: already complete, final loss {done.results['final_train_loss']:.4f}")
             return float(done.results["final_train_loss"])
         if not config.dry_run:
             engine.check_machine(config)
@@ -47,7 +49,9 @@ def job(cfg: DictConfig) -> float:
 
         return simulation.show_plan(config, folder) if config.dry_run else simulation.run(config, folder, overrides)
     except KeyboardInterrupt:
-        say_how_to_go_on(folder)
+        rounds = runfolder.rounds_in(folder)
+        last_words.append(f"after round {rounds[0]}" if rounds else "before a round was complete")
+        last_words.extend(how_to_go_on(folder))
         raise
     except Exception as error:
         exit_codes.append(report(error))
@@ -55,14 +59,14 @@ def job(cfg: DictConfig) -> float:
             with suppress(OSError):
                 (folder / runfolder.ERROR_FILE).write_text(f"{error or repr(error)}\n", encoding="utf-8")
         elif exit_codes[-1] == 1 and not in_sweep():
-            say_how_to_go_on(folder)
+            print(*how_to_go_on(folder), sep="\n", end="", file=sys.stderr)
         return math.inf
 
 
-def say_how_to_go_on(folder: Path) -> None:
-    """Print the command that goes on with this run, or with its sweep, if there is something to go on with."""
+def how_to_go_on(folder: Path) -> Iterator[str]:
+    """The command that goes on with this run, or with its sweep, if there is something to go on with."""
     if command := runfolder.command_to_go_on(folder, Path(HydraConfig.get().sweep.dir) if in_sweep() else None):
-        print(f"to go on: {command}", file=sys.stderr)
+        yield f"\nto go on: {command}\n"
 
 
 def in_sweep() -> bool:
@@ -89,7 +93,7 @@ def main() -> int:
         sys.argv[1:] = runfolder.continued(resumed(canonical(sys.argv[1:])))
         job()
     except KeyboardInterrupt as stopped:
-        print("stopped", file=sys.stderr)
+        print("stopped", *last_words, file=sys.stderr)
         return getattr(stopped, "exit_code", 130)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         return report(SettingsError(one_line(error)))

@@ -82,10 +82,21 @@ def plan(config: RunConfig, folder: Path) -> dict[str, str]:
     }
     evaluated = share_of(config.num_clients, config.sampling.fraction_evaluate) * config.num_rounds
     lines |= plan_sizes(config, trained + evaluated, trained)
+    lines["checkpoints"] = describe_checkpoints(config)
+    lines["good replies"] = (
+        f"at least {config.sampling.min_replies} a round, in {config.sampling.round_retries + 1} trials"
+    )
     lines["workers"] = f"{config.client_resources.num_cpus} CPU cores, {config.client_resources.num_gpus:g} GPUs each"
     lines["this machine"] = fits_here(config)
     lines["results"] = str(folder)
     return lines
+
+
+def describe_checkpoints(config: RunConfig) -> str:
+    count = -(-config.num_rounds // config.train.save_every_round)
+    kept = min(count, config.train.keep_checkpoints or count)
+    best = " and the best" if config.sampling.fraction_evaluate and kept < count else ""
+    return f"every {config.train.save_every_round} rounds, {kept}{best} of {count} kept"
 
 
 def describe_data(config: RunConfig) -> str:
@@ -104,13 +115,13 @@ def plan_sizes(config: RunConfig, sent: int, returned: int) -> dict[str, str]:
     except SettingsError as error:
         if local_path(config.model.name):
             raise error
-        return dict.fromkeys(("adapter", "bytes down and up", "memory per client"), UNKNOWN)
+        return dict.fromkeys(("adapter", "bytes down and up", "memory of a step"), UNKNOWN)
     where, free = free_memory()
     return {
         "adapter": f"{bytes_text(4 * size.adapter)}, {size.adapter:,} parameters of {size.linear + size.other:,}",
         "bytes down and up": f"{bytes_text(size.payload_bytes * sent)} and "
         f"{bytes_text(size.payload_bytes * returned)} in all, {bytes_text(size.payload_bytes)} an adapter",
-        "memory per client": f"about {bytes_text(memory_bytes(size, config))}; free here: {bytes_text(free)} ({where})",
+        "memory of a step": f"about {bytes_text(memory_bytes(size, config))}; free here: {bytes_text(free)} ({where})",
     }
 
 

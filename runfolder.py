@@ -58,9 +58,10 @@ def continued(arguments: Sequence[str]) -> list[str]:
             raise SettingsError(f"{argument}: the run goes on in resume={folder}; leave it out")
     noted = [text for text in read_settings(folder)["overrides"] if not RESUME.match(text)]
     for text in noted:
-        if may_run_code(text) and text not in given:
+        if must_be_said(text) and text not in given:
             raise SettingsError(
-                f"resume={folder}: was started with {text}, which can run code; give it again to allow it"
+                f"resume={folder}: was started with {text}, which can run code, call an address or write "
+                "elsewhere; give it again to allow it"
             )
     place = f'"{folder}"'
     return [*(text for text in noted if text not in given), *given, f"resume={place}", f"hydra.run.dir={place}"]
@@ -85,8 +86,10 @@ def folder_given(key: str, arguments: Sequence[str]) -> Path | None:
     return Path(value)
 
 
-def may_run_code(override: str) -> bool:
-    """Whether a stranger's setting could run code here: all but KEY=VALUE of this suite and Flower's own classes."""
+def must_be_said(override: str) -> bool:
+    """Whether a setting from a folder that may be a stranger's must be given again: it is no plain KEY=VALUE of this
+    suite, names a class that is not Flower's, or could otherwise run code, call an address or write elsewhere.
+    """
     if "_target_" in override:
         return not FLOWERS.fullmatch(override)
     return not HARMLESS.fullmatch(override) or bool(re.search("trust_remote_code(?!=false)", override))
@@ -98,6 +101,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         SettingsError: if that file is missing or damaged.
     """
+    if not folder.is_dir():
+        raise SettingsError(f"resume={folder}: there is no such folder")
+    if any((folder / name).exists() for name in ("multirun.yaml", "adapter_config.json")):
+        raise SettingsError(
+            f"resume={folder}: a sweep goes on with resume_sweep=; for a checkpoint, name its run folder"
+        )
     if any(path.is_symlink() for path in folder.rglob("*")):
         raise SettingsError(f"resume={folder}: holds links to other places; a run folder has none")
     try:
@@ -193,10 +202,10 @@ def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def command_to_go_on(folder: Path, sweep: Path | None = None) -> str:
-    """What to type to go on with the run in `folder`, or with its sweep; empty if nothing was kept."""
+    """What to type to go on with the run in `folder`, or with its sweep; empty if no round was kept."""
     if sweep and (sweep / "multirun.yaml").exists():
         return f"python main.py resume_sweep={shlex.quote(str(sweep))}"
     if rounds_in(folder) and not (folder / RESULTS_FILE).exists():
-        again = [text for text in read_settings(folder)["overrides"] if may_run_code(text)]
+        again = [text for text in read_settings(folder)["overrides"] if must_be_said(text)]
         return f"python main.py {shlex.join([f'resume={folder}', *again])}"
     return ""

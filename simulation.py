@@ -50,6 +50,9 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float
             if going_on:
                 federation.restore()
             summary = federation.run(grid)
+        except KeyboardInterrupt as stopped:
+            logging.getLogger(__name__).info("stopped: %s", stopped)
+            raise
         except Exception as error:
             logging.getLogger(__name__).error("the run failed", exc_info=error)
             raise

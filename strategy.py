@@ -488,6 +488,7 @@ class Federation:
                 if number > self.saved:  # of rounds whose metrics are lost: they are done again
                     shutil.rmtree(folder_of(self.folder, number))
             write_whole(self.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.metrics))
+        log.info("going on after round %s", self.saved)
         self.progress.going_on(self.saved)
 
     def summarize(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_promised_command_plans_offline(overrides, expected, monkeypatch, capsys
         assert text in printed[names.get(name, name)]
     assert "results-folder" in printed["results"]
     known = "quickstart" in str(overrides)
-    assert ("unknown" in printed["memory per client"]) is not known
+    assert ("unknown" in printed["memory of a step"]) is not known
 
 
 def test_dry_run_of_the_promised_sweep_plans_eight_jobs(tmp_path, capsys):
