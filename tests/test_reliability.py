@@ -835,7 +835,7 @@ def test_second_signal_ends_at_once_and_leaves_no_process(tmp_path):
     """The first one comes where a round is being recorded, so it has to wait."""
     code = (
         "import sys, time, main, strategy\n"
-        "def slow(self, record):\n    print('recording', flush=True)\n    time.sleep(60)\n    return {}\n"
+        "def slow(self, *_):\n    print('recording', flush=True)\n    time.sleep(60)\n    return None\n"
         "strategy.Federation.record = slow\n"
         "if __name__ == '__main__': sys.exit(main.main())\n"
     )
