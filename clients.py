@@ -99,7 +99,7 @@ class Clients:
             raise RunError(reason)
         self.unusable.add(node)
         log.error("%s", reason)
-        self.progress.warn(reason.strip().splitlines()[-1])
+        self.progress.warn(last_line(reason))
 
     def exchange(self, messages: Iterable[Message]) -> dict[int, Message]:
         """Send `messages`; the replies that came in time, by node id.
@@ -120,6 +120,10 @@ class Clients:
             if len(replies) < len(sent):
                 time.sleep(self.poll_s)
         return replies
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1] if text.strip() else "it gives no reason"
 
 
 def payload_bytes(message: Message) -> int:

@@ -9,7 +9,6 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,23 +49,23 @@ def job(cfg: DictConfig) -> float:
         return simulation.show_plan(config, folder) if config.dry_run else simulation.run(config, folder, overrides)
     except KeyboardInterrupt:
         rounds = runfolder.rounds_in(folder)
-        last_words.append(f"after round {rounds[0]}" if rounds else "before a round was complete")
-        last_words.extend(how_to_go_on(folder))
+        where = f"after round {rounds[0]}" if rounds else "before a round was complete"
+        last_words.append(where + how_to_go_on(folder))
         raise
     except Exception as error:
         exit_codes.append(report(error))
         if not runfolder.is_used(folder):  # else the error of a run is there already, and any other is none of a run
             with suppress(OSError):
                 (folder / runfolder.ERROR_FILE).write_text(f"{error or repr(error)}\n", encoding="utf-8")
-        elif exit_codes[-1] == 1 and not in_sweep():
-            print(*how_to_go_on(folder), sep="\n", end="", file=sys.stderr)
+        elif exit_codes[-1] == 1 and not in_sweep() and (hint := how_to_go_on(folder)):
+            print(hint, file=sys.stderr)
         return math.inf
 
 
-def how_to_go_on(folder: Path) -> Iterator[str]:
-    """The command that goes on with this run, or with its sweep, if there is something to go on with."""
-    if command := runfolder.command_to_go_on(folder, Path(HydraConfig.get().sweep.dir) if in_sweep() else None):
-        yield f"\nto go on: {command}\n"
+def how_to_go_on(folder: Path) -> str:
+    """A line with the command that goes on with this run, or with its sweep; empty if there is nothing to."""
+    command = runfolder.command_to_go_on(folder, Path(HydraConfig.get().sweep.dir) if in_sweep() else None)
+    return f"\nto go on: {command}" if command else ""
 
 
 def in_sweep() -> bool:

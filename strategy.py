@@ -31,7 +31,7 @@ import model as adapters
 import stopping
 import transfer
 from checkpoint import State
-from clients import Clients, Progress
+from clients import Clients, Progress, last_line
 from config import RunConfig, RunError, SamplingConfig, SettingsError, check_keywords, share_of
 from guard import (
     EVALUATION,
@@ -516,10 +516,6 @@ class Federation:
             plot_train_loss(self.metrics, self.folder / "train_loss.png", title)
             write_json(self.folder / RESULTS_FILE, summary)  # last: it says that the run is complete
         return summary
-
-
-def last_line(text: str) -> str:
-    return text.strip().splitlines()[-1] if text.strip() else "it gives no reason"
 
 
 def busiest_process(good: Sequence[tuple[int, Message]]) -> float:
