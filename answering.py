@@ -1,22 +1,28 @@
-"""Find a trained adapter, load it into its base model, and answer with the prompt that it was trained on."""
+"""Find a trained adapter, load it into its base model, and answer or be measured with the prompt of its training."""
 
 import argparse
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TextStreamer, set_seed
 
 import model as adapters
-from config import ModelConfig, SettingsError
-from dataset import as_message, encode_prompt, find_template
+from config import DatasetConfig, ModelConfig, SettingsError
+from dataset import as_message, encode_prompt, find_template, load_rows, tokenize_rows
+from evaluation import HeldOut, figures, generate, held_out, score
 from runfolder import folder_of, rounds_in
-from utils import DIGESTS_FILE, quiet_transformers, torn_files
+from utils import DIGESTS_FILE, quiet_transformers, torn_files, write_json
 
 RUN_FOLDER_LOOK = (
     "a run folder holds peft_<round>/ folders, each with adapter_config.json and adapter_model.safetensors"
@@ -26,6 +32,8 @@ RUN_FOLDER_LOOK = (
 def run(options: argparse.Namespace) -> None:
     """Do what the options of test.py ask for. Raises SettingsError for whatever they name that is not there."""
     quiet_transformers()
+    if options.tasks:
+        from harness import run_tasks  # of an optional package: it may be missing
     questions = read_questions(options.questions) if options.questions else []
     done = kept_answers(options.output, questions) if options.questions else 0
     checkpoint = find_checkpoint(options.peft_path)
@@ -33,6 +41,10 @@ def run(options: argparse.Namespace) -> None:
         return merge(checkpoint, options)
     set_seed(options.seed)
     answerer = Answerer(checkpoint, options)
+    if options.evaluate:
+        return evaluate(answerer, options)
+    if options.tasks:
+        return run_tasks(answerer, options)
     if options.questions:
         return answer_all(answerer, options, questions, done)
     return chat(answerer) if options.chat else ask(answerer, options)
@@ -118,29 +130,17 @@ class Answerer:
         self.tokenizer = adapters.read_tokenizer(cfg)
         self.template = choose_template(options.template, checkpoint, self.tokenizer)
         self.model: Any = PeftModel.from_pretrained(adapters.load_base(cfg), str(checkpoint)).eval()
-        self.options = options
+        self.options, self.name = options, f"{checkpoint.resolve().name}, quantization {cfg.quantization}"
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return encode_prompt(self.tokenizer, self.template, messages)
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], streamer: Any = None) -> list[list[int]]:
-        """New token ids after each prompt, up to and without EOS; prompts are padded on the left."""
-        longest, filler = max(map(len, prompts)), self.tokenizer.eos_token_id
-        ids = torch.tensor([[filler] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        options = self.options
+        """New token ids after each prompt, up to and without EOS."""
+        options, count = self.options, len(prompts)
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
-        output = self.model.generate(
-            input_ids=ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            max_new_tokens=options.max_new_tokens,
-            pad_token_id=filler,
-            eos_token_id=filler,
-            streamer=streamer,
-            **(sampling if options.temperature else {"do_sample": False, "temperature": None, "top_p": None}),
-        )
-        return [until(row, filler) for row in output[:, longest:].tolist()]
+        chosen = (sampling if options.temperature else {}) | {"streamer": streamer}
+        return generate(self.model, self.tokenizer, prompts, options.max_new_tokens, count, **chosen)
 
     def answer(self, messages: Sequence[dict[str, str]], stream: bool = True) -> str:
         """One answer; printed word by word while it is made, if `stream`."""
@@ -149,10 +149,6 @@ class Answerer:
 
     def text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
-def until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
 
 
 # --- what can be asked for ------------------------------------------------------------------------
@@ -253,6 +249,48 @@ def answered(answerer: Answerer, rows: Sequence[dict[str, Any]]) -> Iterator[dic
     prompts = [answerer.prompt([as_message(row)]) for row in rows]
     for row, ids in zip(rows, answerer.generate(prompts), strict=True):
         yield row | {"answer": answerer.text(ids)}
+
+
+def evaluate(answerer: Answerer, options: argparse.Namespace) -> None:
+    """Print how good the adapter, and with --compare the base model, is on the rows of --evaluate; JSON to --output."""
+    cfg = DatasetConfig(name=options.evaluate, split=options.split, category_column=options.category_column)
+    try:
+        rows = load_rows(cfg)
+    except SettingsError as error:
+        words = str(error).replace("dataset.name=", "--evaluate=").replace("dataset.split=", "--split=")
+        raise SettingsError(words) from error
+    partition = tokenize_rows(rows, answerer.tokenizer, answerer.template, options.seq_length)
+    if not len(partition):
+        raise SettingsError(f"--evaluate={options.evaluate}: none of its rows has an output")
+    data = held_out(partition, np.arange(len(partition)), rows, cfg.category_column)
+    found = {}
+    if options.compare:
+        with answerer.model.disable_adapter():
+            found["base model"] = measured(answerer, data, options)
+    found["with the adapter"] = measured(answerer, data, options)
+    console = Console(highlight=False)
+    console.print(f"{len(partition)} rows of {options.evaluate}, {answerer.name}", soft_wrap=True)
+    console.print(table_of(found))
+    if options.output:
+        write_json(options.output, found)
+
+
+def measured(answerer: Answerer, data: HeldOut, options: argparse.Namespace) -> dict[str, Any]:
+    batch, answers = options.batch_size, min(options.answers, len(data.rows))
+    return figures(score(answerer.model, answerer.tokenizer, data, batch, answers, options.max_new_tokens))
+
+
+def table_of(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A line for each category and one for all; the figures of several models in one cell, base model first."""
+    shown = {"loss": ".3f", "token_accuracy": ".1%", "exact_match": ".1%", "rouge_l": ".3f"}
+    *_, last = found.values()
+    columns = [key for key in shown if key in last]
+    table = Table("", *(key.replace("_", " ") for key in columns), box=SIMPLE, title=" → ".join(found))
+    for line in [*last.get("by_category", {}), "all"]:
+        models = [figure if line == "all" else figure["by_category"][line] for figure in found.values()]
+        cells = (" → ".join(format(model.get(key, math.nan), shown[key]) for model in models) for key in columns)
+        table.add_row(line, *cells)
+    return table
 
 
 def merge(checkpoint: Path, options: argparse.Namespace) -> None:

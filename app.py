@@ -33,8 +33,11 @@ def serve(grid: Grid, context: Context) -> None:
     folder = None
     try:
         from compose import compose
+        from config import SettingsError
 
         config = compose(overrides, "deployment")
+        if config.baseline:
+            raise SettingsError(f"baseline={config.baseline}: compares in a simulation only; use python main.py")
         folder = run_folder(Path.cwd() / "outputs", config.resume)
         play(grid, config, overrides, folder)
     except Exception as error:

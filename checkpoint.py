@@ -8,8 +8,9 @@ with a digest of every other file.
 import functools
 import json
 import logging
+import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 
 import model as adapters
-from config import SettingsError
+from config import SettingsError, TrainConfig
 from model import Adapter
-from runfolder import folder_of, rounds_in
+from runfolder import BEST_LINK, folder_of, rounds_in
 from utils import sync, torn_files, write_digests, write_json
+
+log = logging.getLogger(__name__)
 
 STATE_FILE, STRATEGY_FILE = "state.json", "strategy.safetensors"
 StrategyState = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -44,11 +47,19 @@ class State:
     """What `strategy_state` said then."""
 
 
-def save(run_folder: Path, state: State, lora: LoraConfig, template: str, facts: Mapping[str, Any]) -> None:
+def save(
+    run_folder: Path,
+    state: State,
+    lora: LoraConfig,
+    template: str,
+    facts: Mapping[str, Any],
+    write_more: Callable[[Path], None],
+) -> None:
     """Write `peft_<round>/` beside, then rename it; on disk when this returns.
 
     Args:
         facts: more for state.json.
+        write_more: is given the folder for files of its own.
     """
     folder = folder_of(run_folder, state.round_number)
     beside = folder.with_suffix(".tmp")
@@ -64,6 +75,7 @@ def save(run_folder: Path, state: State, lora: LoraConfig, template: str, facts:
         "strategy": values,
     }
     write_json(beside / STATE_FILE, content | dict(facts))
+    write_more(beside)
     write_digests(beside)
     sync(*beside.iterdir(), beside)
     shutil.rmtree(folder, ignore_errors=True)
@@ -115,14 +127,27 @@ def newest(
     return None
 
 
-def prune(run_folder: Path, keep: int | None, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Remove all but the newest `keep` checkpoints, and the one with the lowest held-out loss, if any was measured."""
-    rounds = rounds_in(run_folder)
-    measured = {line["round"]: line["eval_loss"] for line in metrics if "eval_loss" in line and line["round"] in rounds}
-    best = min(measured, key=measured.__getitem__, default=None)
-    for number in rounds[keep:] if keep else []:
-        if number != best:
+def prune(run_folder: Path, train: TrainConfig, best: int | None) -> None:
+    """Remove what `train` does not ask to keep, and let `best/` point to the checkpoint of round `best`, if there is
+    one. That and the newest stay; of the others the newest `keep_checkpoints`, and none between the rounds whose turn
+    it was.
+
+    Raises:
+        OSError: if a folder can not be removed.
+    """
+    newest, *older = rounds_in(run_folder)
+    for position, number in enumerate(older, start=1):
+        in_turn, too_many = number % train.save_every_round == 0, position >= (train.keep_checkpoints or math.inf)
+        if number != best and (too_many or not in_turn):
             shutil.rmtree(folder_of(run_folder, number))
+    link, beside = run_folder / BEST_LINK, run_folder / f"{BEST_LINK}.tmp"
+    if best is not None and folder_of(run_folder, best).is_dir():
+        beside.unlink(missing_ok=True)
+        try:
+            beside.symlink_to(folder_of(run_folder, best).name)
+            beside.replace(link)
+        except OSError as error:  # a file system without links: results.json says it too
+            log.warning("%s can not point to round %s (%s)", link, best, error)
 
 
 # --- the state of any Flower strategy -------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from config import RunConfig
 from dataset import (
     Partition,
     fresh_rows,
+    load_eval_rows,
     load_partition,
     load_rows,
     partition_rows,
@@ -37,13 +38,15 @@ from dataset import (
     split_holdout,
     tokenize_rows,
 )
+from evaluation import HeldOut, Scores, figures, held_out, score
 from memory import advice
 from model import Adapter, first_sentence
 from resident import replied
-from training import Task, by_length, loss_on, make_trainer, padded_tokens, peak_memory_bytes, train_on
+from training import Task, by_length, make_trainer, padded_tokens, peak_memory_bytes, train_on
 from transfer import to_record
 from utils import log_to_file, seed_of
 
+GLOBAL_SET = -1  # in place of a partition id: the rows of dataset.eval_name
 _resident: dict[str, "Worker"] = {}  # by settings, at most one: what outlives a message in this process
 
 # --- the work, without Flower ---------------------------------------------------------------------
@@ -55,6 +58,7 @@ class Worker:
     def __init__(self, config: RunConfig, cache_folder: Path | None = None, own_rows: bool = False) -> None:
         self.config, self.cache_folder, self.own_rows = config, cache_folder, own_rows
         self.partitions: dict[int, Partition] = {}
+        self.splits: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.counts = {"model_loads": 0, "tokenizations": 0}  # since they were last reported
         torch.set_num_threads(min(config.client_resources.num_cpus, os.cpu_count() or 1))
 
@@ -73,6 +77,8 @@ class Worker:
 
     def raw_rows(self, partition_id: int) -> Dataset:
         """A client's rows before tokenization: its partition, or all there are if they are its own."""
+        if partition_id == GLOBAL_SET:
+            return load_eval_rows(self.config.dataset)
         return load_rows(self.config.dataset) if self.own_rows else self.partitioner.load_partition(partition_id)
 
     @functools.cached_property
@@ -119,21 +125,26 @@ class Worker:
             self.partitions[partition_id] = kept
         partition = self.partitions[partition_id]
         if not len(partition):
+            whose = "dataset.eval_name" if partition_id == GLOBAL_SET else f"client {partition_id}"
             raise ValueError(
-                f"client {partition_id}: none of its {partition.counts['rows']} rows has a response to train on "
+                f"{whose}: none of its {partition.counts['rows']} rows has a response "
                 "(column output); look at the data, or at dataset.partitioner"
             )
         return partition
 
-    def training_rows(self, partition_id: int) -> np.ndarray:
-        return self._split(partition_id)[0]
+    def split(self, partition_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of a client's rows for training, and of those for evaluation."""
+        if partition_id not in self.splits:
+            share, seed = self.config.dataset.holdout, self.config.seed
+            self.splits[partition_id] = split_holdout(self.partition(partition_id), share, seed, partition_id)
+        return self.splits[partition_id]
 
-    def holdout_rows(self, partition_id: int) -> np.ndarray:
-        return self._split(partition_id)[1]
-
-    def _split(self, partition_id: int) -> tuple[np.ndarray, np.ndarray]:
-        share = self.config.dataset.holdout
-        return split_holdout(len(self.partition(partition_id)), share, self.config.seed, partition_id)
+    def held_out(self, partition_id: int) -> HeldOut:
+        """What a client, or GLOBAL_SET, has to evaluate on."""
+        partition, raw = self.partition(partition_id), self.raw_rows(partition_id)
+        every = np.arange(len(partition))
+        chosen = every if partition_id == GLOBAL_SET else self.split(partition_id)[1]
+        return held_out(partition, chosen, raw, self.config.dataset.category_column)
 
 
 def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -> tuple[Adapter, dict[str, Any]]:
@@ -147,7 +158,7 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
         trainer = worker.trainer
         adapters.set_adapter(worker.model, adapter)
     with clock.part("data_s"):
-        partition, rows = worker.partition(partition_id), worker.training_rows(partition_id)
+        partition, (rows, _) = worker.partition(partition_id), worker.split(partition_id)
         arguments = worker.config.train.training_arguments
         wanted = worker.config.batch_size * arguments["max_steps"]
         chosen = fresh_rows(rows, task.first_row, wanted, worker.config.seed, partition_id)
@@ -171,17 +182,12 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
     }
 
 
-def evaluate_adapter(worker: Worker, adapter: Adapter, partition_id: int) -> dict[str, Any]:
-    """Loss and token accuracy of `adapter` on the client's held-out rows, over response and EOS tokens."""
-    worker.trainer  # noqa: B018  the model is resident from here on
+def evaluate_adapter(worker: Worker, adapter: Adapter, partition_id: int) -> Scores:
+    """Scores of `adapter` on the rows that the client holds out, or on GLOBAL_SET; none if there are none."""
     adapters.set_adapter(worker.model, adapter)
-    rows = [worker.partition(partition_id).row(index) for index in worker.holdout_rows(partition_id)]
-    if not rows:
-        raise ValueError(
-            f"client {partition_id}: dataset.holdout={worker.config.dataset.holdout} leaves it no row to evaluate on"
-        )
-    loss, accuracy, tokens = loss_on(worker.model, rows, worker.config.train.micro_batch_size)
-    return {"eval_loss": loss, "eval_token_accuracy": accuracy, "num-examples": tokens}
+    asked, batch = worker.config.evaluate, worker.config.train.micro_batch_size
+    data = worker.held_out(partition_id)
+    return score(worker.model, worker.tokenizer, data, batch, asked.answers, asked.max_new_tokens)
 
 
 class Clock:
@@ -238,15 +244,17 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise RuntimeError(f"out of GPU memory ({first_sentence(error)}); it helps: {advice(site.config)}") from None
-    for record in reply.metric_records.values():
-        record["total_s"] = time.perf_counter() - start
+    if "metrics" in reply.metric_records:
+        reply.metric_records["metrics"]["total_s"] = time.perf_counter() - start
     return reply
 
 
 def describe(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
     """Who this client is: its partition, its number of rows, its device."""
     rows = len(resident_worker(site).raw_rows(partition_id))
-    facts = ConfigRecord({"partition-id": partition_id, "num-rows": rows, "device": device_name()})
+    facts = ConfigRecord(
+        {"partition-id": partition_id, "num-rows": rows, "device": device_name(), "own-data": site.own_rows}
+    )
     return RecordDict({"client": facts})
 
 
@@ -271,9 +279,13 @@ def train(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
 
 
 def evaluate(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
-    worker = resident_worker(site)
-    report = evaluate_adapter(worker, received_adapter(worker, content), partition_id)
-    return RecordDict({"metrics": MetricRecord(report), "worker": worker_record()})
+    """How good the received adapter is on rows that nobody trains on: this client's, or everybody's."""
+    worker, config = resident_worker(site), cast(Any, content["config"])
+    rows_of = GLOBAL_SET if config["rows"] == "global" else partition_id
+    scores = evaluate_adapter(worker, received_adapter(worker, content), rows_of)
+    sums = MetricRecord({name: row.tolist() for name, row in scores.items()})
+    told = {"eval_loss": figures(scores)["loss"]} if scores else {}  # for this client's own terminal
+    return RecordDict({"scores": sums, "metrics": MetricRecord(told)})
 
 
 HANDLERS: dict[str, Callable[[Site, RecordDict, int], RecordDict]] = {

@@ -35,6 +35,7 @@ class Clients:
         self.poll_s: float = getattr(grid, "poll_s", POLL_S)
         self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
         self.num_rows: dict[int, int] = {}
+        self.own_data = False  # whether a client has rows that no other machine has
         self.unusable: set[int] = set()  # nodes that were left out for good
         self.strict = True  # until the first round: what makes no sense ends the run
         self.traffic = dict.fromkeys(("bytes_down", "bytes_up"), 0)  # since it was last taken
@@ -91,6 +92,7 @@ class Clients:
             )
         self.nodes[partition] = node
         self.num_rows[partition] = rows
+        self.own_data |= bool(facts.get("own-data", False))
         log.info("client %s: %s rows, %s", partition, rows, device)
 
     def refuse(self, node: int, reason: str) -> None:

@@ -20,13 +20,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from plots import plot_comparison
 from runfolder import ERROR_FILE, METRICS_FILE, RESULTS_FILE, RESUME, SETTINGS_FILE
-from utils import bytes_text, plot_comparison, seconds_text, totals_so_far
+from utils import bytes_text, seconds_text, totals_so_far
 
 COMPLETE, FAILED, INTERRUPTED = "complete", "failed", "interrupted"
 NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column -> (key of results.json, how people read it)
     "final loss": ("final_train_loss", "{:.4f}".format),
     "best loss": ("best_train_loss", "{:.4f}".format),
+    "held-out loss": ("held_out_loss", "{:.4f}".format),
     "rounds": ("rounds", str),
     "bytes": ("bytes", bytes_text),
     "seconds": ("seconds", seconds_text),
@@ -150,6 +152,10 @@ def report(runs: Sequence[Run], output: Path) -> None:
     ]
     if curves:
         plot_comparison(curves, output / "train_loss.png")
+    if "baseline" in keys:
+        import baselines
+
+        baselines.report(runs, output)
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -188,6 +194,7 @@ class SweepReport(Callback):
         runs = find_runs([folder])
         done = sum(run.status == COMPLETE for run in runs)
         report(runs, folder)
+        print(read_text(folder / "baselines.md"), end="")
         print(f"sweep: {done} of {len(runs)} runs complete; see {folder / 'sweep.md'} and train_loss.png", flush=True)
         SweepReport.failed = done < len(runs)
 

@@ -17,6 +17,7 @@ from config import (
     RunConfig,
     SamplingConfig,
     SettingsError,
+    as_baseline,
     check_ranges,
     check_together,
     setting_names,
@@ -96,7 +97,7 @@ def checked(cfg: DictConfig) -> RunConfig:
     check_ranges(config)
     check_ranges(config.sampling, "strategy.")
     check_together(config)
-    return config
+    return as_baseline(config)
 
 
 def check_known(cfg: DictConfig) -> None:

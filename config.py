@@ -7,7 +7,7 @@ Every default is written in `conf/`; this schema holds types, meanings and range
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ CONFIG_FOLDER = Path(__file__).resolve().parent / "conf"
 PASSED_ON = ("model.lora", "dataset.partitioner", "train.training_arguments", "strategy")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 TRANSFERS = ("fp32", "fp16", "int8")
+BASELINES = ("alone", "central")
 MISSING: Any = "???"  # OmegaConf's word for a value that conf/ has to give
 
 
@@ -70,10 +71,16 @@ class DatasetConfig:
     """Hub id, or a local JSON, JSONL, CSV or Parquet file, or a folder of them."""
     split: str = MISSING
     """Split of a Hub data set."""
+    eval_name: str | None = MISSING
+    """As `name`: rows that nobody trains on, for `evaluate.every_rounds`."""
+    eval_split: str = MISSING
+    """As `split`, of `eval_name`."""
+    category_column: str = MISSING
+    """Column by whose values held-out rows are also evaluated, where the data has it."""
     template: str = MISSING
     """A template of conf/template, a Jinja chat template's path, or `tokenizer` for the model's own."""
     holdout: float = ranged(0.0, 0.5)
-    """Share of each partition that is never trained on, for evaluation on the clients."""
+    """Share of each partition's different rows that is never trained on, for evaluation on the clients."""
     partitioner: dict[str, Any] = passed_on()
     """`_target_`: a flwr_datasets partitioner; the rest are its arguments."""
 
@@ -84,6 +91,8 @@ class TrainConfig:
     """Learning rate of the first round."""
     learning_rate_min: float = ranged(0.0, 1.0)
     """Learning rate of the last round; cosine in between, constant within a round."""
+    baseline_learning_rate_max: float | None = ranged(above=0.0, high=1.0)
+    """Learning rate of the first round where `baseline` is set; null for the same."""
     seq_length: int = ranged(16)
     """Longest row, in tokens, prompt and response together."""
     micro_batch_size: int = ranged(1)
@@ -92,8 +101,20 @@ class TrainConfig:
     """Rounds between two checkpoints; the last round is always saved."""
     keep_checkpoints: int | None = ranged(1)
     """How many checkpoints to keep besides the one with the lowest held-out loss; null keeps all."""
+    early_stop_rounds: int | None = ranged(1)
+    """The run ends when the held-out loss was lowest this many rounds ago; null never."""
     training_arguments: dict[str, Any] = passed_on()
     """Fields of `trl.SFTConfig`."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    every_rounds: int = ranged(1)
+    """Rounds between two evaluations on `dataset.eval_name`; also before the first round and after the last."""
+    answers: int = ranged(0)
+    """Held-out rows that are also answered, greedily, for exact match and ROUGE-L."""
+    max_new_tokens: int = ranged(1)
+    """Longest answer, in tokens."""
 
 
 @dataclass(kw_only=True)
@@ -112,6 +133,8 @@ class SamplingConfig:
     """How often a round with too few good replies asks other clients, before the run ends."""
     max_norm_ratio: float | None = ranged(above=1.0)
     """An update whose norm is above this many times the round's median is dropped; null accepts all."""
+    max_bytes: float | None = ranged(1)
+    """Bytes of adapters, down and up: the run ends before the round that would exceed them; null never."""
 
 
 @dataclass(kw_only=True)
@@ -133,6 +156,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     strategy: dict[str, Any] = passed_on()
     """`_target_`: any Flower strategy; `SamplingConfig` and the strategy's own arguments."""
     client_resources: ClientResources = field(default_factory=ClientResources)
@@ -142,6 +166,8 @@ class RunConfig:
     seed: int = ranged(0, 2**31 - 1)
     transfer: str = choice(*TRANSFERS)
     """How adapters travel: whole in float32, or as differences in float16 or 8-bit integers."""
+    baseline: str | None = field(default=MISSING, metadata={"allowed": (None, *BASELINES)})
+    """What to train instead of the federation, with as many optimizer steps, to compare it with. See `as_baseline`."""
     dry_run: bool = MISSING
     tracker: str | None = field(default=MISSING, metadata={"allowed": (None, *TRACKERS)})
     """Where the numbers of each round go besides metrics.jsonl, through accelerate's trackers."""
@@ -165,6 +191,22 @@ class RunConfig:
     def clients_per_round(self) -> int:
         """Clients that train in a round."""
         return share_of(self.num_clients, self.sampling.fraction_fit)
+
+    @property
+    def evaluators(self) -> int:
+        """Clients that evaluate on `dataset.eval_name`: any one, or each what it trained alone."""
+        return self.num_clients if self.baseline == "alone" else 1
+
+    def evaluates_after(self, round_number: int) -> bool:
+        """Whether it is the turn of `dataset.eval_name`; round 0 is before the first."""
+        last = round_number == self.num_rounds
+        return bool(self.dataset.eval_name) and (last or round_number % self.evaluate.every_rounds == 0)
+
+    def evaluations_after(self, round_number: int, num_clients: int) -> int:
+        """Adapters that go out to be evaluated after a round, when `num_clients` are there."""
+        share = self.sampling.fraction_evaluate
+        own = max(1, share_of(num_clients, share)) if share else 0
+        return own + self.evaluates_after(round_number) * min(self.evaluators, num_clients)
 
 
 def share_of(count: int, fraction: float) -> int:
@@ -214,6 +256,11 @@ def check_together(config: RunConfig) -> None:
             f"train.learning_rate_min={train.learning_rate_min}: use at most train.learning_rate_max, "
             f"which is {train.learning_rate_max}"
         )
+    if config.baseline and train.learning_rate_min > (train.baseline_learning_rate_max or train.learning_rate_max):
+        raise SettingsError(
+            f"train.baseline_learning_rate_max={train.baseline_learning_rate_max}: use at least "
+            f"train.learning_rate_min, which is {train.learning_rate_min}"
+        )
     if config.batch_size % min(train.micro_batch_size, config.batch_size):
         raise SettingsError(
             f"train.micro_batch_size={train.micro_batch_size}: use a divisor of the {config.batch_size} rows of one "
@@ -234,6 +281,11 @@ def check_together(config: RunConfig) -> None:
             f"strategy.fraction_evaluate={sampling.fraction_evaluate}: selects none of "
             f"num_clients={config.num_clients}; use 0, or at least {1 / config.num_clients:g}"
         )
+    if train.early_stop_rounds and not (config.dataset.eval_name or sampling.fraction_evaluate):
+        raise SettingsError(
+            f"train.early_stop_rounds={train.early_stop_rounds}: nothing is held out to measure; set "
+            "dataset.eval_name, or strategy.fraction_evaluate"
+        )
     if sampling.fraction_evaluate and not config.dataset.holdout:
         raise SettingsError(
             f"strategy.fraction_evaluate={sampling.fraction_evaluate}: clients have no rows to evaluate on; "
@@ -242,6 +294,40 @@ def check_together(config: RunConfig) -> None:
     for key, section in (("strategy", config.strategy), ("dataset.partitioner", config.dataset.partitioner)):
         if not isinstance(section.get("_target_"), str):
             raise SettingsError(f"{key}._target_={section.get('_target_')}: use the import path of a class")
+
+
+def as_baseline(config: RunConfig) -> RunConfig:
+    """The run that `baseline` asks for: as many optimizer steps and rows for each model as the federation's.
+
+    `central` gives one client all data; `alone` lets every client keep its adapter to itself. One client trains in a
+    round of either, where `clients_per_round` train in the federation's, so there are as many times more rounds.
+    """
+    if config.baseline is None:
+        return config
+    longer = config.clients_per_round
+    strategy = {
+        key: value for key, value in config.strategy.items() if key in (f.name for f in fields(SamplingConfig))
+    } | {"fraction_fit": 1.0, "min_replies": 1, "max_norm_ratio": None, "max_bytes": None}
+    if config.baseline == "central":
+        strategy["_target_"] = "flwr.serverapp.strategy.FedAvg"
+        partitioner: dict[str, Any] = {"_target_": "flwr_datasets.partitioner.IidPartitioner"}
+    else:
+        strategy["_target_"] = "alone.Alone"
+        partitioner = config.dataset.partitioner
+    return replace(
+        config,
+        num_clients=1 if config.baseline == "central" else config.num_clients,
+        num_rounds=longer * config.num_rounds,
+        strategy=strategy,
+        dataset=replace(config.dataset, partitioner=partitioner),
+        train=replace(
+            config.train,
+            learning_rate_max=config.train.baseline_learning_rate_max or config.train.learning_rate_max,
+            save_every_round=longer * config.train.save_every_round,
+            early_stop_rounds=None,
+        ),
+        evaluate=replace(config.evaluate, every_rounds=longer * config.evaluate.every_rounds),
+    )
 
 
 def check_keywords(key: str, given: Mapping[str, Any], target: Any, managed: Mapping[str, str] | None = None) -> None:

@@ -11,7 +11,8 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,15 @@ def load_rows(cfg: DatasetConfig) -> Dataset:
     if not len(rows):
         raise SettingsError(f"dataset.name={cfg.name}: has no rows")
     return with_text_columns(rows, cfg.name)
+
+
+def load_eval_rows(cfg: DatasetConfig) -> Dataset:
+    """All rows of `dataset.eval_name`, as `load_rows` has them."""
+    try:
+        return load_rows(replace(cfg, name=str(cfg.eval_name), split=cfg.eval_split))
+    except SettingsError as error:
+        words = str(error).replace("dataset.name=", "dataset.eval_name=")
+        raise SettingsError(words.replace("dataset.split=", "dataset.eval_split=")) from error
 
 
 def read_local(cfg: DatasetConfig, path: Path) -> Dataset:
@@ -287,12 +297,14 @@ class Partition:
     """A client's tokenized rows, and what was left out.
 
     ids: all rows one behind the other, int32. starts: where each row begins, and the end; rows + 1
-    entries. prompts: tokens of each row's prompt. counts: rows, without_response, cut.
+    entries. prompts: tokens of each row's prompt. sources: number of each row before any were left out.
+    counts: rows, without_response, cut.
     """
 
     ids: np.ndarray
     starts: np.ndarray
     prompts: np.ndarray
+    sources: np.ndarray
     counts: dict[str, int]
 
     def __len__(self) -> int:
@@ -310,6 +322,7 @@ def tokenize_rows(
 ) -> Partition:
     """Tokenize `rows`. Rows without a response are left out and counted, rows over `limit` tokens are cut."""
     encoded: list[tuple[list[int], list[int]]] = []
+    sources: list[int] = []
     counts = {"rows": 0, "without_response": 0, "cut": 0}
     for row in rows:
         counts["rows"] += 1
@@ -320,12 +333,14 @@ def tokenize_rows(
         message = as_message(row)
         whole = encode_prompt(tokenizer, template, [message]), encode_response(tokenizer, template, message, response)
         encoded.append(fit(*whole, limit))
+        sources.append(counts["rows"] - 1)
         counts["cut"] += encoded[-1] != whole
     lengths = [len(prompt) + len(response) for prompt, response in encoded]
     return Partition(
         ids=np.array([token for pair in encoded for part in pair for token in part], np.int32),
         starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         prompts=np.array([len(prompt) for prompt, _ in encoded], np.int32),
+        sources=np.array(sources, np.int32),
         counts=counts,
     )
 
@@ -333,7 +348,7 @@ def tokenize_rows(
 def save_partition(partition: Partition, path: Path) -> None:
     """Keep a tokenized partition for the run's other workers, if there is room. Safe when two write the same one."""
     beside = path.with_suffix(f".{os.getpid()}")
-    arrays = {"ids": partition.ids, "starts": partition.starts, "prompts": partition.prompts}
+    arrays = {key: value for key, value in vars(partition).items() if isinstance(value, np.ndarray)}
     try:
         path.parent.mkdir(exist_ok=True)
         save_file(arrays, beside, metadata={key: str(count) for key, count in partition.counts.items()})
@@ -356,11 +371,19 @@ def load_partition(path: Path) -> Partition | None:
 # --- which rows, and in which order ---------------------------------------------------------------
 
 
-def split_holdout(count: int, share: float, seed: int, partition_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers for training and for evaluation: `share` of `count`, drawn once for a partition."""
-    order = generator("holdout", seed, partition_id).permutation(count)
-    held = int(count * share)
-    return np.sort(order[held:]), np.sort(order[:held])
+def split_holdout(partition: Partition, share: float, seed: int, partition_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers for training and for evaluation: `share` of the different rows, drawn once for a partition.
+
+    Rows with the same tokens stay together, so that nothing that is held out is trained on in another copy; of
+    these copies one is evaluated.
+    """
+    texts = [partition.ids[start:end].tobytes() for start, end in pairwise(partition.starts.tolist())]
+    first = {text: number for number, text in reversed(list(enumerate(texts)))}
+    different = sorted(first.values())
+    drawn = generator("holdout", seed, partition_id).permutation(different)[: int(len(different) * share)]
+    held = {texts[number] for number in drawn}
+    training = [number for number, text in enumerate(texts) if text not in held]
+    return np.array(training, np.int64), np.sort(drawn).astype(np.int64)
 
 
 def fresh_rows(rows: np.ndarray, first: int, count: int, seed: int, partition_id: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from config import ClientResources, RunConfig, SettingsError, share_of
+from config import ClientResources, RunConfig, SettingsError
 from utils import SUITE_FOLDER
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def worker_grid(site: "Site") -> Iterator[WorkerGrid]:
 
 def most_workers(config: RunConfig) -> int:
     """Clients that may work at the same time."""
-    return max(config.clients_per_round, share_of(config.num_clients, config.sampling.fraction_evaluate))
+    counts = (config.evaluations_after(number, config.num_clients) for number in (0, 1))
+    return max(config.clients_per_round, *counts)
 
 
 def gpu_shares(resources: ClientResources) -> list[str]:

@@ -7,13 +7,14 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import Message, MetricRecord
 
+from evaluation import FIELDS, MOST_CATEGORIES, Scores
 from model import Adapter
 
 PARTS = ("load_s", "data_s", "train_s")
 TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "cut", "model_loads", "tokenizations")
 REPORT = frozenset((*PARTS, *TOTALS, "total_s", "num-examples", "train_loss", "peak_memory_bytes"))
 MOST = 1e12  # of any number that a client reports
-EVALUATION = frozenset(("eval_loss", "eval_token_accuracy", "num-examples", "total_s"))
+LONGEST_NAME = 200  # of a category
 
 
 def check_reply(reply: Message, shapes: Mapping[str, tuple[int, ...]], num_rows: float = np.inf) -> str | None:
@@ -22,7 +23,7 @@ def check_reply(reply: Message, shapes: Mapping[str, tuple[int, ...]], num_rows:
     Args:
         num_rows: how many rows the client said it has; it can not have trained on more.
     """
-    fault = check_adapter(reply, shapes) or check_report(reply, REPORT)
+    fault = check_adapter(reply, shapes) or check_report(reply)
     if fault is None and (examples := metrics_of(reply)["num-examples"]) > num_rows:
         fault = f"num-examples={examples}, but it said that it has {num_rows} rows"
     return fault
@@ -49,16 +50,15 @@ def check_adapter(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str 
     return None
 
 
-def check_report(reply: Message, names: frozenset[str]) -> str | None:
-    """Why the numbers in a reply can not be used, or None: exactly these, in range, and a whole number of examples."""
+def check_report(reply: Message) -> str | None:
+    """Why the numbers in a reply can not be used, or None: exactly REPORT, in range, a whole number of examples."""
     if reply.has_error():
         return str(reply.error.reason)
     reports = list(reply.content.metric_records.values())
-    if len(reports) != 1 or set(reports[0]) != names:
-        return f"does not report exactly {', '.join(sorted(names))}"
+    if len(reports) != 1 or set(reports[0]) != REPORT:
+        return f"does not report exactly {', '.join(sorted(REPORT))}"
     for name, value in reports[0].items():
-        most = 1.0 if name == "eval_token_accuracy" else MOST
-        if not isinstance(value, int | float) or not 0 <= value <= most:  # nor NaN
+        if not isinstance(value, int | float) or not 0 <= value <= MOST:  # nor NaN
             return f"{name}={value} is no usable number"
     examples: Any = reports[0]["num-examples"]
     if examples < 1 or examples != int(examples):
@@ -67,6 +67,33 @@ def check_report(reply: Message, names: frozenset[str]) -> str | None:
     if worker is None or not isinstance(worker.get("process"), str):
         return "does not say which process answered"
     return None
+
+
+def check_scores(reply: Message) -> str | None:
+    """Why the scores in an evaluation's reply can not be used, or None: plausible sums by category."""
+    if reply.has_error():
+        return str(reply.error.reason)
+    scores = reply.content.metric_records.get("scores")
+    if scores is None or len(scores) > MOST_CATEGORIES:
+        return f"does not report scores of up to {MOST_CATEGORIES} categories"
+    for name, sums in scores.items():
+        if len(name) > LONGEST_NAME or not isinstance(sums, list) or len(sums) != len(FIELDS):
+            return f"category {name[:LONGEST_NAME]} does not report exactly {', '.join(FIELDS)}"
+        loss, right, tokens, exact, rouge, answers = sums
+        if not (0 <= loss <= MOST and 0 <= right <= tokens and 1 <= tokens <= MOST and tokens == int(tokens)):
+            return f"category {name}: loss={loss}, right={right}, tokens={tokens} are no usable numbers"
+        if not (0 <= exact <= answers and 0 <= rouge <= answers and answers <= MOST and answers == int(answers)):
+            return f"category {name}: exact={exact}, rouge_l={rouge}, answers={answers} are no usable numbers"
+    return None
+
+
+def scores_of(replies: Sequence[Message]) -> Scores:
+    """The sum of checked scores."""
+    total: Scores = {}
+    for reply in replies:
+        for name, sums in reply.content.metric_records["scores"].items():
+            total[name] = total.get(name, 0.0) + np.array(sums, float)
+    return total
 
 
 def update_norm(reply: Message, sent: Adapter) -> float:

@@ -25,6 +25,7 @@ import runfolder
 import stopping
 from compose import canonical, checked, one_line, resumed
 from config import CONFIG_FOLDER, SettingsError
+from utils import objective
 
 exit_codes: list[int] = []  # of the jobs of this command line
 last_words: list[str] = []  # of the job that was stopped
@@ -32,15 +33,16 @@ last_words: list[str] = []  # of the job that was stopped
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="config")
 def job(cfg: DictConfig) -> float:
-    """One run, or one job of a sweep; returns the final training loss, for sweepers."""
+    """One run, or one job of a sweep; returns what a sweeper minimises."""
     folder, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
     try:
         config = checked(cfg)
         going_on = not config.dry_run and (config.resume or config.resume_sweep)
-        if going_on and (done := compare.read_run(folder)).status == compare.COMPLETE:
+        done = compare.read_run(folder)
+        if going_on and done.status == compare.COMPLETE and not runfolder.has_more_room(folder, config, done.results):
             runfolder.check_same(folder, config)
             print(f"{folder}: already complete, final loss {done.results['final_train_loss']:.4f}")
-            return float(done.results["final_train_loss"])
+            return objective(done.results)
         if not config.dry_run:
             engine.check_machine(config)
             engine.warm_up(config, folder / "main.log")

@@ -10,7 +10,17 @@ from jinja2 import TemplateError
 
 import model as adapters
 from config import RunConfig, SettingsError, share_of
-from dataset import COLUMNS, find_template, load_rows, partition_rows, partitioner_class, read_template, tokenize_rows
+from dataset import (
+    COLUMNS,
+    find_template,
+    load_eval_rows,
+    load_rows,
+    partition_rows,
+    partitioner_class,
+    read_template,
+    text_of,
+    tokenize_rows,
+)
 from engine import check_machine
 from memory import free_memory, memory_bytes, sizes
 from strategy import make_strategy
@@ -53,7 +63,20 @@ def check_inputs(config: RunConfig) -> tuple[str, dict[str, Any]]:
     except TemplateError as error:
         raise SettingsError(f"dataset.template={config.dataset.template}: {error}") from error
     partition_rows(rows, config.dataset, config.num_clients, config.seed)
-    return template, data_facts(rows)
+    facts = data_facts(rows)
+    if config.dataset.eval_name:
+        held_out = load_eval_rows(config.dataset)
+        if not any(text_of(output).strip() for output in held_out["output"]):
+            raise SettingsError(f"dataset.eval_name={config.dataset.eval_name}: none of its rows has an output")
+        facts |= {"held_out": data_facts(held_out) | {"also_trained_on": len(shared_rows(rows, held_out))}}
+    return template, facts
+
+
+def shared_rows(rows: Dataset, held_out: Dataset) -> list[int]:
+    """Numbers of the held-out rows that are among `rows` too, word for word."""
+    trained_on = set(zip(*(map(text_of, rows[column]) for column in COLUMNS), strict=True))
+    measured = zip(*(map(text_of, held_out[column]) for column in COLUMNS), strict=True)
+    return [number for number, row in enumerate(measured) if row in trained_on]
 
 
 def data_facts(rows: Dataset) -> dict[str, Any]:
@@ -80,8 +103,9 @@ def plan(config: RunConfig, folder: Path) -> dict[str, str]:
         "optimizer steps": f"{trained * steps}: {steps} for a client in a round, {config.batch_size} rows each",
         "learning rate": f"{config.train.learning_rate_max:g} falling to {config.train.learning_rate_min:g}",
     }
-    evaluated = share_of(config.num_clients, config.sampling.fraction_evaluate) * config.num_rounds
-    lines |= plan_sizes(config, trained + evaluated, trained)
+    if measured := describe_evaluation(config):
+        lines["held-out loss"] = measured
+    lines |= plan_sizes(config)
     lines["checkpoints"] = describe_checkpoints(config)
     lines["good replies"] = (
         f"at least {config.sampling.min_replies} a round, in {config.sampling.round_retries + 1} trials"
@@ -92,10 +116,20 @@ def plan(config: RunConfig, folder: Path) -> dict[str, str]:
     return lines
 
 
+def describe_evaluation(config: RunConfig) -> str:
+    dataset, share, parts = config.dataset, config.sampling.fraction_evaluate, []
+    if dataset.eval_name:
+        parts.append(f"of {dataset.eval_name} before and after the run and every {config.evaluate.every_rounds} rounds")
+    if share:
+        count = max(1, share_of(config.num_clients, share))
+        parts.append(f"of {dataset.holdout:.0%} of the rows of {count} clients after every round")
+    return ", and ".join(parts)
+
+
 def describe_checkpoints(config: RunConfig) -> str:
     count = -(-config.num_rounds // config.train.save_every_round)
     kept = min(count, config.train.keep_checkpoints or count)
-    best = " and the best" if config.sampling.fraction_evaluate and kept < count else ""
+    best = " and the best" if describe_evaluation(config) else ""
     return f"every {config.train.save_every_round} rounds, {kept}{best} of {count} kept"
 
 
@@ -108,8 +142,8 @@ def describe_data(config: RunConfig) -> str:
     return f"{config.dataset.name}, {len(rows)} rows, {kind}"
 
 
-def plan_sizes(config: RunConfig, sent: int, returned: int) -> dict[str, str]:
-    """Adapter, traffic of so many adapters down and up, and memory, as far as the shapes are to be had offline."""
+def plan_sizes(config: RunConfig) -> dict[str, str]:
+    """Adapter, traffic and memory, as far as the shapes are to be had offline."""
     try:
         size = sizes(adapters.read_config(config.model, offline=True), config)
     except SettingsError as error:
@@ -117,12 +151,26 @@ def plan_sizes(config: RunConfig, sent: int, returned: int) -> dict[str, str]:
             raise error
         return dict.fromkeys(("adapter", "bytes down and up", "memory of a step"), UNKNOWN)
     where, free = free_memory()
+    rounds, sent, returned = traffic(config, size.payload_bytes)
+    early = "" if rounds == config.num_rounds else f"; strategy.max_bytes ends the run after round {rounds}"
     return {
         "adapter": f"{bytes_text(4 * size.adapter)}, {size.adapter:,} parameters of {size.linear + size.other:,}",
         "bytes down and up": f"{bytes_text(size.payload_bytes * sent)} and "
-        f"{bytes_text(size.payload_bytes * returned)} in all, {bytes_text(size.payload_bytes)} an adapter",
+        f"{bytes_text(size.payload_bytes * returned)} in all, {bytes_text(size.payload_bytes)} an adapter{early}",
         "memory of a step": f"about {bytes_text(memory_bytes(size, config))}; free here: {bytes_text(free)} ({where})",
     }
+
+
+def traffic(config: RunConfig, payload_bytes: int) -> tuple[int, int, int]:
+    """Rounds that `strategy.max_bytes` allows, and adapters sent down and up in them, if no client fails."""
+    most = config.sampling.max_bytes or float("inf")
+    sent, returned, count = config.evaluations_after(0, config.num_clients), 0, config.clients_per_round
+    for number in range(1, config.num_rounds + 1):
+        down = count + config.evaluations_after(number, config.num_clients)
+        if (sent + returned + down + count) * payload_bytes > most:
+            return number - 1, sent, returned
+        sent, returned = sent + down, returned + count
+    return config.num_rounds, sent, returned
 
 
 def fits_here(config: RunConfig) -> str:

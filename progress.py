@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tracking import numbers
-from utils import bytes_text, seconds_text
+from utils import bytes_text, held_out_losses, seconds_text
 
 
 class RunProgress:
@@ -58,8 +58,8 @@ class RunProgress:
         """Show a line of metrics.jsonl."""
         if self.tracker:
             self.tracker.log(numbers(record), step=record["round"])
-        evaluation = f" eval {record['eval_loss']:.4f}" if "eval_loss" in record else ""
-        loss = f"loss {record['train_loss']:.4f}{evaluation}"
+        held_out = held_out_losses([record]).get(record["round"])
+        loss = f"loss {record['train_loss']:.4f}" + ("" if held_out is None else f"  held out {held_out:.4f}")
         if self.live:
             self.bar.update(self.task, completed=record["round"], status=f"{loss} lr {record['learning_rate']:.2g}")
             return
@@ -77,7 +77,13 @@ class RunProgress:
 def summary_line(summary: Mapping[str, Any]) -> str:
     """The end of a run in one line, from what results.json holds."""
     traffic = bytes_text(summary["bytes_down"] + summary["bytes_up"])
-    return (
+    line = (
         f"final loss {summary['final_train_loss']:.4f} after {summary['rounds']} rounds "
         f"in {seconds_text(summary['seconds'])}, {traffic} transferred"
     )
+    if "held_out_loss" in summary:
+        before = "" if summary["held_out_loss_before"] is None else f"{summary['held_out_loss_before']:.4f} before, "
+        line += f"\nheld-out loss {before}{summary['held_out_loss']:.4f} after"
+        if summary["best_held_out_loss"] < summary["held_out_loss"]:
+            line += f", lowest after round {summary['best_round']}: {summary['best_held_out_loss']:.4f}"
+    return line + (f"\nended early by {summary['ended']}" if summary["ended"] else "")

@@ -26,7 +26,8 @@ from flwr.app import Error, Message, RecordDict
 CLIENT_ERROR = 1  # Error.code of a reply that carries a client's traceback
 SOCKET_VARIABLE, KEY_VARIABLE = "FLOWERTUNE_WORKER", "FLOWERTUNE_WORKER_KEY"
 PARTITIONERS = re.compile(r"flwr_datasets\.partitioner\.[A-Z]\w*")
-SHIPPED_NAMES = ("quickstart/data/train.jsonl", "quickstart/model")  # the only files of a node that a server may name
+# the only files of a node that a server may name
+SHIPPED_NAMES = ("quickstart/data/train.jsonl", "quickstart/data/heldout.jsonl", "quickstart/model")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 # KEY=VALUE of this suite: no hydra.* and no ${...}, which could read this machine's files and environment
 SAFE_OVERRIDE = re.compile(r"\+{0,2}(?!hydra)[a-z][\w./]*=[^$/~][^$]*")
@@ -86,7 +87,7 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
 
     What is read on this machine is decided here: the server may name a Hub id or what the suite ships,
     never a path, a class to import, or code to trust. The node's config names local files: `dataset`
-    (its own rows), `model` (a folder of base weights) and `cache` (for the quantized model).
+    (its own rows), `eval` (a held-out set), `model` (a folder of base weights) and `cache` (for the quantized model).
 
     Raises:
         SettingsError: if the server asks for more.
@@ -101,15 +102,21 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
         if not SAFE_OVERRIDE.fullmatch(override) or ".." in override:
             raise SettingsError(f"{override}: not a setting that a server may make on a node")
     config = compose(given, "deployment")
-    for part, key in ((config.dataset, "dataset"), (config.model, "model")):
+    named: list[tuple[Any, str, str]] = [
+        (config.dataset, "name", "dataset"),
+        (config.dataset, "eval_name", "eval"),
+        (config.model, "name", "model"),
+    ]
+    for part, field, key in named:
+        name = getattr(part, field)
         if key in node:
-            part.name = str(node[key])
-        elif part.name in SHIPPED_NAMES:
-            part.name = str(shipped_path(part.name))
-        elif not HUB_ID.fullmatch(part.name) or Path(part.name).exists() or shipped_path(part.name):
+            setattr(part, field, str(node[key]))
+        elif name in SHIPPED_NAMES:
+            setattr(part, field, str(shipped_path(name)))
+        elif name is not None and (not HUB_ID.fullmatch(name) or Path(name).exists() or shipped_path(name)):
             raise SettingsError(
-                f"{key}.name={part.name}: a server can name a Hub id, OWNER/NAME, and no path on this node; "
-                f"set {key} in the node's config"
+                f"{'model' if part is config.model else 'dataset'}.{field}={name}: a server can name a Hub id, "
+                f"OWNER/NAME, and no path on this node; set {key} in the node's config"
             )
     config.model.cache_folder = str(node["cache"]) if "cache" in node else None
     template = config.dataset.template
@@ -163,8 +170,9 @@ def answer(connection: Connection) -> None:
 
 def shown(reply: RecordDict) -> Iterator[tuple[str, Any]]:
     """What a node's terminal shows of a reply."""
-    for record in reply.metric_records.values():
-        yield from ((name, record[name]) for name in ("rows", "train_loss", "eval_loss") if name in record)
+    if "metrics" in reply.metric_records:
+        report = reply.metric_records["metrics"]
+        yield from ((name, report[name]) for name in ("rows", "train_loss", "eval_loss") if name in report)
 
 
 def leave_with_launcher(folder: Path) -> None:

@@ -15,11 +15,12 @@ from config import RunConfig, SettingsError
 from utils import write_json, write_whole
 
 SETTINGS_FILE, METRICS_FILE, RESULTS_FILE, ERROR_FILE = "settings.json", "metrics.jsonl", "results.json", "error.txt"
+BEST_LINK = "best"
 MAY_CHANGE = (  # settings that a run may go on with changed: how it is done, up to rounding and to who answers in time
     "resume", "resume_sweep", "dry_run", "tracker", "ray", "client_resources", "model.cache_folder",
-    "train.micro_batch_size", "train.keep_checkpoints", "train.save_every_round",
+    "train.micro_batch_size", "train.keep_checkpoints", "train.save_every_round", "train.early_stop_rounds",
     "train.training_arguments.gradient_checkpointing", "strategy.round_timeout_s", "strategy.min_replies",
-    "strategy.round_retries",
+    "strategy.round_retries", "strategy.max_bytes",
 )  # fmt: skip
 RESUME = re.compile(r"\+{0,2}resume(?:_sweep)?=")
 # what a stranger's run folder may say: KEY=VALUE of this suite, but no address, no place to write, no code
@@ -39,6 +40,11 @@ def rounds_in(run_folder: Path) -> list[int]:
     """Rounds that have a checkpoint, whole or damaged, newest first."""
     found = (re.fullmatch(r"peft_([0-9]+)", folder.name) for folder in run_folder.glob("peft_*") if folder.is_dir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def is_best(path: Path) -> bool:
+    """Whether this is a run folder's link to its best checkpoint, and nothing else."""
+    return path.name == BEST_LINK and bool(re.fullmatch(r"peft_[0-9]+", os.readlink(path)))
 
 
 def continued(arguments: Sequence[str]) -> list[str]:
@@ -107,7 +113,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise SettingsError(
             f"resume={folder}: a sweep goes on with resume_sweep=; for a checkpoint, name its run folder"
         )
-    if any(path.is_symlink() for path in folder.rglob("*")):
+    if any(path.is_symlink() and not is_best(path) for path in folder.rglob("*")):
         raise SettingsError(f"resume={folder}: holds links to other places; a run folder has none")
     try:
         content: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
@@ -148,7 +154,8 @@ def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterat
         elif config.resume:
             raise SettingsError(f"resume={folder}: no run is there")
         write_json(folder / SETTINGS_FILE, content)
-        (folder / ERROR_FILE).unlink(missing_ok=True)
+        for name in (ERROR_FILE, RESULTS_FILE):  # of before
+            (folder / name).unlink(missing_ok=True)
         try:
             yield going_on
         except Exception as error:
@@ -176,6 +183,12 @@ def check_same(folder: Path, config: RunConfig) -> None:
                 f"{key}={new}: the run in {folder} has {key}={old}; to go on with it, only these may change: "
                 f"{', '.join(MAY_CHANGE[3:])}"
             )
+
+
+def has_more_room(folder: Path, config: RunConfig, results: Mapping[str, Any]) -> bool:
+    """Whether the complete run in `folder` was ended early by a setting that is another one in `config`."""
+    now, before = json.loads(json.dumps(asdict(config))), read_settings(folder)["settings"]
+    return str(results.get("ended")).partition("=")[0] in differences(before, now)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

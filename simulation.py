@@ -16,13 +16,13 @@ from engine import worker_grid
 from progress import RunProgress, summary_line
 from strategy import Federation
 from tracking import start_tracker
-from utils import quiet_libraries
+from utils import objective, quiet_libraries
 
 TOKEN_CACHE = ".tokens"
 
 
 def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float:
-    """Check that the run can work, run it, say where the results are; returns the final training loss.
+    """Check that the run can work, run it, say where the results are; returns what a sweeper minimises.
 
     A run that was interrupted in `folder` goes on, if `resume` or `resume_sweep` says so.
 
@@ -45,6 +45,10 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float
         template, data = plan.check_inputs(config)  # while the workers load the base model
         runfolder.check_data(folder, data)
         progress = stack.enter_context(RunProgress(config.num_rounds, console, tracker))
+        if shared := data.get("held_out", {}).get("also_trained_on"):
+            progress.warn(
+                f"dataset.eval_name: {shared} of its rows are in dataset.name too: its loss will look too good"
+            )
         federation = Federation(config, folder, template, progress)
         try:
             if going_on:
@@ -58,7 +62,7 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float
             raise
     console.print(summary_line(summary), soft_wrap=True)
     console.print(f"results: {folder}", soft_wrap=True)
-    return float(summary["final_train_loss"])
+    return objective(summary)
 
 
 def show_plan(config: RunConfig, folder: Path) -> float:

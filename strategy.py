@@ -30,31 +30,36 @@ import checkpoint
 import model as adapters
 import stopping
 import transfer
+from card import write_card
 from checkpoint import State
 from clients import Clients, Progress, last_line
 from config import RunConfig, RunError, SamplingConfig, SettingsError, check_keywords, share_of
+from evaluation import Scores, figures
 from guard import (
-    EVALUATION,
     PARTS,
     TOTALS,
     check_adapter,
     check_reply,
-    check_report,
+    check_scores,
     metrics_of,
     outliers,
     process_of,
+    scores_of,
     update_norm,
 )
 from model import Adapter
+from plots import plot_loss
 from runfolder import METRICS_FILE, RESULTS_FILE, folder_of, rounds_in
 from transfer import to_record
 from utils import (
+    PLOT_FILE,
     append_json_line,
+    best_round,
     cosine_learning_rate,
     file_sha256,
     generator,
+    held_out_losses,
     peak_resident_bytes,
-    plot_train_loss,
     read_json_lines,
     totals_so_far,
     write_json,
@@ -130,6 +135,10 @@ class ShownNodes:
         return getattr(self._grid, name)
 
 
+class BudgetSpent(Exception):
+    """The next messages would exceed `strategy.max_bytes`."""
+
+
 class Federation:
     """One run, from asking the clients who they are to the last checkpoint."""
 
@@ -146,16 +155,20 @@ class Federation:
         self.waited_s = 0.0  # until the first round
         self.clients: Clients  # from the start of `run` on
         self.norms: dict[int, float] = {}  # by partition id: sizes of this round's good updates
+        self.payload_bytes = transfer.payload_bytes(self.shapes, config.transfer)
+        self.before: dict[str, Any] = {}  # what the held-out rows said before the first round
+        self.check_budget()
 
     def run(self, grid: Grid) -> dict[str, Any]:
         """All rounds that are left; returns the summary that results.json holds.
 
-        However it ends, the last whole round has a checkpoint.
+        However it ends, the last whole round has a checkpoint. It ends early when held-out rows say that it no longer
+        improves (`train.early_stop_rounds`), or when the next round would cost too much (`strategy.max_bytes`).
 
         Raises:
             RunError: if a round has too few valid replies, or results can not be written.
         """
-        started = time.perf_counter()
+        started, ended = time.perf_counter(), None
         self.progress.say("waiting for the clients")
         try:
             self.clients = Clients(grid, self.config.sampling.round_timeout_s, self.progress)
@@ -163,9 +176,16 @@ class Federation:
             self.clients.strict = False
             self.complete_adapter()
             self.waited_s = time.perf_counter() - started
-            for round_number in range(self.state.round_number + 1, self.config.num_rounds + 1):
-                self.play_round(round_number)
-            return self.summarize()
+            try:
+                if not self.state.round_number:
+                    self.before = self.evaluate(0, self.state.adapter)
+                while self.state.round_number < self.config.num_rounds and not (ended := self.no_better()):
+                    self.play_round(self.state.round_number + 1)
+            except BudgetSpent as spent:
+                if not self.state.round_number:
+                    raise RunError(str(spent)) from spent
+                ended = str(spent)
+            return self.summarize(ended)
         except BaseException:
             self.save_last_round()
             raise
@@ -198,7 +218,9 @@ class Federation:
         rows_seen = dict(self.state.rows_seen)
         line: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
         line |= self.account(good, rows_seen) | {"dropped": dropped, "retries": retries, "update_norms": self.norms}
-        line |= self.evaluate(round_number, adapter) | self.clients.take_traffic()
+        line |= {"held_out_before": self.before} if round_number == 1 and self.before else {}
+        line |= {"held_out": found} if (found := self.evaluate(round_number, adapter)) else {}
+        line |= self.clients.take_traffic()
         line["seconds"] |= {
             "transfer": max(0.0, aggregating - start - busiest_process(good)),
             "aggregate": aggregated - aggregating,
@@ -216,9 +238,41 @@ class Federation:
             append_json_line(self.folder / METRICS_FILE, line)
         self.metrics.append(line)
         self.state = state
-        if state.round_number % self.config.train.save_every_round == 0 or state.round_number == self.config.num_rounds:
+        last, best = state.round_number == self.config.num_rounds, best_round(self.metrics) == state.round_number
+        if last or best or state.round_number % self.config.train.save_every_round == 0:
             with self.writing():
                 self.save_checkpoint()
+
+    def no_better(self) -> str | None:
+        """Why the run ends here, by `train.early_stop_rounds`; None if it goes on."""
+        patience, losses = self.config.train.early_stop_rounds, held_out_losses(self.metrics)
+        best = min(losses, key=losses.__getitem__, default=0)
+        if patience is None or max(losses, default=0) - best < patience:
+            return None
+        return f"train.early_stop_rounds={patience}: the held-out loss was lowest after round {best}"
+
+    def check_budget(self) -> None:
+        """Raise SettingsError if `strategy.max_bytes` is not even enough for the first round."""
+        config, most = self.config, self.config.sampling.max_bytes
+        count = sum(config.evaluations_after(number, config.num_clients) for number in (0, 1))
+        first = self.payload_bytes * (2 * config.clients_per_round + count)
+        if most is not None and first > most:
+            raise SettingsError(f"strategy.max_bytes={most:.10g}: use at least the {first} bytes of the first round")
+
+    def afford(self, round_number: int, num_training: int) -> None:
+        """Raise BudgetSpent if so many clients can not train any more, and others evaluate what comes of it."""
+        count = 2 * num_training + self.config.evaluations_after(round_number, len(self.clients.nodes))
+        if count * self.payload_bytes > self.budget_left():
+            raise BudgetSpent(
+                f"strategy.max_bytes={self.config.sampling.max_bytes:.10g}: {self.budget_left():.10g} bytes are left, "
+                f"round {round_number} would take {count * self.payload_bytes}"
+            )
+
+    def budget_left(self) -> float:
+        """Bytes of `strategy.max_bytes` that no round has used so far."""
+        most = self.config.sampling.max_bytes
+        spent = sum(line["bytes_down"] + line["bytes_up"] for line in self.metrics) + sum(self.clients.traffic.values())
+        return float("inf") if most is None else most - spent
 
     def collect(self, round_number: int, learning_rate: float) -> tuple[list[tuple[int, Message]], dict[int, str], int]:
         """Let clients train until `min_replies` replies are good; returns these by client, and what was dropped.
@@ -233,6 +287,7 @@ class Federation:
         for trial in range(sampling.round_retries + 1):
             self.clients.wait_for(sampling.min_replies, sampling.round_timeout_s)
             chosen = self.choose("train", round_number, sampling.fraction_fit, trial, good, dropped)
+            self.afford(round_number, len(chosen))
             messages = self.messages(
                 "train", round_number, chosen, self.state.adapter, **{"learning-rate": learning_rate}
             )
@@ -416,33 +471,48 @@ class Federation:
         }
 
     def evaluate(self, round_number: int, adapter: Adapter) -> dict[str, Any]:
-        """Loss of the new `adapter` on held-out rows of some clients, if `fraction_evaluate` asks for it."""
-        if not self.config.sampling.fraction_evaluate:
-            return {}
-        chosen = self.choose("evaluate", round_number, self.config.sampling.fraction_evaluate)
-        messages = self.messages("evaluate", round_number, chosen, adapter)
-        replies = self.clients.exchange(messages)
-        reports = []
+        """What held-out rows say of `adapter`: those of some clients, and those of everybody, if it is their turn."""
+        config, found = self.config, dict[str, dict[str, Any]]()
+        if share := config.sampling.fraction_evaluate:
+            chosen = self.choose("evaluate", round_number, share)
+            scores, answered = self.scores(round_number, adapter, chosen, "own")
+            if not scores:
+                self.progress.warn(f"round {round_number}: no client had rows to evaluate on; raise dataset.holdout")
+            found["clients"] = figures(scores) | {"clients": answered}
+        if config.evaluates_after(round_number):
+            dropped: set[int] = set()
+            for trial in range(config.sampling.round_retries + 1):
+                chosen = self.choose("global", round_number, config.evaluators / config.num_clients, trial, (), dropped)
+                scores, _ = self.scores(round_number, adapter, chosen, "global")
+                dropped |= set(chosen)
+                if scores or config.evaluators * self.payload_bytes > self.budget_left():
+                    break
+            found["global"] = figures(scores)
+        return {name: values for name, values in found.items() if "loss" in values}
+
+    def scores(self, round_number: int, adapter: Adapter, chosen: Sequence[int], rows: str) -> tuple[Scores, list[int]]:
+        """The scores that the `chosen` clients give on their `own` rows or the `global` ones, and who answered."""
+        replies = self.clients.exchange(self.messages("evaluate", round_number, chosen, adapter, rows=rows))
+        good = {}
         for partition in chosen:
             reply = replies.get(self.clients.nodes[partition])
-            fault = check_report(reply, EVALUATION) if reply else "no reply"
+            fault = check_scores(reply) if reply else f"no reply in {self.clients.timeout_s:g}s"
             if fault:
                 self.blame(round_number, partition, "could not evaluate", fault)
             elif reply:
-                reports.append(metrics_of(reply))
-        if not reports:
-            return {}
-        weight = sum(report["num-examples"] for report in reports)
-        names = ("eval_loss", "eval_token_accuracy")
-        means = {name: sum(r[name] * r["num-examples"] for r in reports) / weight for name in names}
-        return means | {"evaluated": len(reports)}
+                good[partition] = reply
+        return scores_of(list(good.values())), list(good)
 
     def save_checkpoint(self) -> None:
         """Write `peft_<round>/`, and remove the oldest beyond `train.keep_checkpoints`."""
         facts = {"quantization": self.config.model.quantization}
-        checkpoint.save(self.folder, self.state, self.lora, self.template, facts)
+
+        def card(folder: Path) -> None:
+            write_card(folder, self.config, self.lora, self.metrics, self.clients.own_data)
+
+        checkpoint.save(self.folder, self.state, self.lora, self.template, facts, card)
         self.saved = self.state.round_number
-        checkpoint.prune(self.folder, self.config.train.keep_checkpoints, self.metrics)
+        checkpoint.prune(self.folder, self.config.train, best_round(self.metrics))
 
     def save_last_round(self) -> None:
         """When the run ends early: keep the last whole round, unless it is on disk."""
@@ -491,16 +561,27 @@ class Federation:
         log.info("going on after round %s", self.saved)
         self.progress.going_on(self.saved)
 
-    def summarize(self) -> dict[str, Any]:
-        """Write results.json and train_loss.png; returns the former."""
+    def summarize(self, ended: str | None) -> dict[str, Any]:
+        """Write the last checkpoint, train_loss.png and results.json; returns the last.
+
+        Args:
+            ended: why there are no more rounds, if there could be.
+        """
+        if self.saved != self.state.round_number:
+            with self.writing():
+                self.save_checkpoint()
         examples = {int(p): rows for line in self.metrics for p, rows in line["num_examples"].items()}
         used = {p: int(min(seen, examples[p])) for p, seen in sorted(self.state.rows_seen.items())}
         folder = folder_of(self.folder, self.state.round_number)
-        summary = totals_so_far(self.metrics) | {
+        summary = totals_so_far(self.metrics)
+        for way, spent in self.clients.traffic.items():  # of a round that was given up
+            summary[way] += spent
+        summary |= {
             "clients_used": len(used),
             "rows_used": sum(used.values()),
             "rows_used_by_client": used,
             "rows_trained": sum(self.state.rows_seen.values()),
+            "optimizer_steps": sum(self.state.rows_seen.values()) // self.config.batch_size,
             "tokens": sum(line["tokens"] for line in self.metrics),
             "processes": len({process for line in self.metrics for process in line["processes"]}),
             "model_loads": sum(line["model_loads"] for line in self.metrics),
@@ -508,12 +589,13 @@ class Federation:
             "dropped": sum(len(line["dropped"]) for line in self.metrics),
             "server_peak_memory_bytes": self.metrics[-1]["server_peak_memory_bytes"],
             "seconds": round(self.state.elapsed_s + self.waited_s, 3),
+            "ended": ended,
             "adapter": folder.name,
             "adapter_sha256": file_sha256(folder / adapters.ADAPTER_FILE),
         }
         with self.writing():
             title = f"{self.config.model.name}, {self.config.num_clients} clients"
-            plot_train_loss(self.metrics, self.folder / "train_loss.png", title)
+            plot_loss(self.metrics, self.folder / PLOT_FILE, title)
             write_json(self.folder / RESULTS_FILE, summary)  # last: it says that the run is complete
         return summary
 

@@ -182,25 +182,6 @@ def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
     )
 
 
-@torch.no_grad()
-def loss_on(model: Any, rows: list[dict[str, list[int]]], micro_batch_size: int) -> tuple[float, float, int]:
-    """Mean loss and accuracy over all labelled tokens of `rows`, and their number. Leaves `model` in its mode."""
-    training = model.training
-    model.eval()
-    total, right, tokens = 0.0, 0, 0
-    ordered = by_length(rows, len(rows))
-    for start in range(0, len(ordered), micro_batch_size):
-        batch = collate(ordered[start : start + micro_batch_size])
-        device = next(model.parameters()).device
-        logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits[:, :-1].float()
-        labels = batch["labels"][:, 1:].to(device)
-        total += torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum").item()
-        right += int((logits.argmax(-1) == labels).sum())
-        tokens += int((labels != IGNORED).sum())
-    model.train(training)
-    return total / tokens, right / tokens, tokens
-
-
 def peak_memory_bytes() -> int:
     """Most memory that this process ever held: on the GPU where there is one, else in main memory."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()

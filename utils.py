@@ -1,4 +1,4 @@
-"""Small pure helpers that several modules share: paths, schedule, seeds, metrics, plots."""
+"""Small pure helpers that several modules share: paths, schedule, seeds, files, metrics."""
 
 import functools
 import hashlib
@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import resource
-import textwrap
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,9 @@ from typing import Any
 
 import numpy as np
 
-DIGESTS_FILE = "sha256.json"
+DIGESTS_FILE, CARD_FILE, PLOT_FILE = "sha256.json", "README.md", "train_loss.png"
+FOR_PEOPLE = (CARD_FILE, PLOT_FILE)  # files of a checkpoint that nothing loads: their owner may change them
 SUITE_FOLDER = Path(__file__).resolve().parent
-# eight colours that colour-blind readers tell apart (Okabe and Ito, 2008; yellow darkened for white paper)
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
-STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def local_path(name: str) -> Path | None:
@@ -152,7 +149,8 @@ def sync(*paths: Path) -> None:
 
 def write_digests(folder: Path) -> None:
     """Note the SHA-256 of every file in `folder`, for `torn_files`."""
-    write_json(folder / DIGESTS_FILE, {file.name: file_sha256(file) for file in sorted(folder.iterdir())})
+    files = [file for file in sorted(folder.iterdir()) if file.name not in FOR_PEOPLE]
+    write_json(folder / DIGESTS_FILE, {file.name: file_sha256(file) for file in files})
 
 
 def torn_files(folder: Path) -> list[str]:
@@ -161,7 +159,7 @@ def torn_files(folder: Path) -> list[str]:
         digests = dict(json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return [DIGESTS_FILE]
-    there = {file.name for file in folder.iterdir()} - {DIGESTS_FILE}
+    there = {file.name for file in folder.iterdir()} - {DIGESTS_FILE, *FOR_PEOPLE}
     return sorted(name for name in there | set(digests) if file_sha256(folder / name) != digests.get(name))
 
 
@@ -188,7 +186,7 @@ def totals_so_far(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What results.json says of a run, as far as the lines of metrics.jsonl tell; nothing without lines."""
     if not metrics:
         return {}
-    losses = [line["train_loss"] for line in metrics]
+    losses, held_out = [line["train_loss"] for line in metrics], held_out_losses(metrics)
     return {
         "rounds": len(metrics),
         "final_train_loss": losses[-1],
@@ -197,76 +195,41 @@ def totals_so_far(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "bytes_up": sum(line.get("bytes_up", 0) for line in metrics),
         "seconds": sum(line.get("seconds", {}).get("wall", 0.0) for line in metrics),
         "peak_memory_bytes": max(line.get("peak_memory_bytes", 0) for line in metrics),
+    } | (totals_of_held_out(metrics, held_out) if held_out else {})
+
+
+def totals_of_held_out(metrics: Sequence[Mapping[str, Any]], losses: Mapping[int, float]) -> dict[str, Any]:
+    """What results.json says of held-out rows; `bytes_per_point` are those that lowered the loss by 1.0 (nat)."""
+    last, best = max(losses), min(losses, key=losses.__getitem__)
+    sent = sum(line.get("bytes_down", 0) + line.get("bytes_up", 0) for line in metrics if line["round"] <= last)
+    gained = losses.get(0, 0.0) - losses[last]
+    return {
+        "held_out_loss_before": losses.get(0),
+        "held_out_loss": losses[last],
+        "best_held_out_loss": losses[best],
+        "best_round": best,
+        "bytes_per_point": sent / gained if gained > 0 else None,
     }
 
 
-def smoothed(values: Sequence[float], weight: float | None = None) -> list[float]:
-    """Exponential moving average without start-up bias, as TensorBoard draws it.
-
-    Args:
-        weight: of the past, in [0, 1). By default it averages over about a tenth of the values.
-    """
-    weight = max(0.0, 1 - 10 / max(len(values), 1)) if weight is None else weight
-    average, curve = 0.0, []
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        curve.append(average / (1 - weight**count))
-    return curve
+def objective(summary: Mapping[str, Any]) -> float:
+    """What a sweeper minimises: the lowest held-out loss, or without one the last training loss."""
+    return float(summary.get("best_held_out_loss", summary["final_train_loss"]))
 
 
-def plot_train_loss(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw the loss of each round, raw and smoothed, into a PNG."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    rounds, losses = [line["round"] for line in metrics], [line["train_loss"] for line in metrics]
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.plot(rounds, losses, color="#0072B2", alpha=0.35, linewidth=1, marker="o", markersize=3, label="each round")
-    axes.plot(rounds, smoothed(losses), color="#0072B2", linewidth=2, label="smoothed")
-    axes.set(title=title, xlabel="Round", ylabel="Training loss")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
-    tidy(axes)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+def held_out_losses(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Held-out loss by round, 0 for before the first: of `dataset.eval_name` if that was measured, else of clients."""
+    found = {line["round"]: line["held_out"] for line in metrics if "held_out" in line}
+    if metrics and "held_out_before" in metrics[0]:
+        found = {0: metrics[0]["held_out_before"]} | found
+    kind = "global" if any("global" in measured for measured in found.values()) else "clients"
+    return {number: measured[kind]["loss"] for number, measured in found.items() if kind in measured}
 
 
-def plot_comparison(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """Draw the losses of several runs into a PNG: smoothed curves, the raw ones faint behind.
-
-    Args:
-        curves: label and lines of metrics.jsonl of each run. The legend follows the curves' ends, highest first.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    drawn = []
-    for label, metrics in curves:
-        losses = [line["train_loss"] for line in metrics]
-        drawn.append((smoothed(losses), losses, [line["round"] for line in metrics], label))
-    drawn.sort(key=lambda curve: -curve[0][-1] if math.isfinite(curve[0][-1]) else -math.inf)
-    figure = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for position, (curve, losses, rounds, label) in enumerate(drawn):
-        colour, style = COLOURS[position % len(COLOURS)], STYLES[position // len(COLOURS) % len(STYLES)]
-        text = "\n".join(textwrap.wrap(f"{label}: {curve[-1]:.3f}", 44)).replace("$", r"\$")
-        axes.plot(rounds, losses, color=colour, alpha=0.2, linewidth=1)
-        axes.plot(
-            rounds, curve, color=colour, linestyle=style, linewidth=1.8, marker=MARKERS[position % len(MARKERS)],
-            markersize=4, markevery=max(1, len(rounds) // 8), label=f" {text}",
-        )  # fmt: skip
-    axes.set(xlabel="Round", ylabel="Training loss, smoothed")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
-    tidy(axes)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8, title="run: last value")
-    figure.savefig(path)
-
-
-def tidy(axes: Any) -> None:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+def best_round(metrics: Sequence[Mapping[str, Any]]) -> int | None:
+    """The round after which the held-out loss was lowest, if it was measured."""
+    losses = {number: loss for number, loss in held_out_losses(metrics).items() if number}
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 def peak_resident_bytes() -> int:

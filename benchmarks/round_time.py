@@ -68,7 +68,7 @@ class Limit:
         config, arguments = self.config, self.config.train.training_arguments
         optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], RATE, weight_decay=0.0)
         count = config.batch_size * arguments["max_steps"]
-        chosen = fresh_rows(self.worker.training_rows(client), 0, count, config.seed, client)
+        chosen = fresh_rows(self.worker.split(client)[0], 0, count, config.seed, client)
         partition = self.worker.partition(client)
         rows = by_length([partition.row(index) for index in chosen], config.batch_size)
         padded = 0

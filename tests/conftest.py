@@ -1,6 +1,7 @@
 """A federation without an engine: the real server and the real client handlers in one process."""
 
 import itertools
+import json
 import logging
 import signal
 import sys
@@ -8,7 +9,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from flwr.app import Context, Message, RecordDict
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 import client
@@ -19,10 +21,15 @@ from compose import compose
 from config import RunConfig
 from dataset import TEMPLATE_FOLDER
 from engine import identify_as_flower_task
+from guard import REPORT
 from strategy import Federation
+from transfer import decode, encode, to_record
+from utils import file_sha256, read_json_lines, seed_of
 
 SMALL = [
     "experiment=quickstart",
+    "dataset.eval_name=null",
+    "dataset.holdout=0",
     "num_clients=4",
     "num_rounds=2",
     "strategy.fraction_fit=0.5",
@@ -99,6 +106,66 @@ def run_locally(config: RunConfig, folder, app: ClientApp | None = None) -> tupl
     federation = make_federation(config, folder)
     grid = LocalGrid(app or client_app(Site(config)), config.num_clients)
     return federation, federation.run(grid)
+
+
+class Clients:
+    """A ClientApp without a model: a client adds to the adapter what (partition, round, first row) make of chance.
+
+    `bad` says what becomes of a reply: a function of (partition, round, reply), which returns the reply to send.
+    `losses` are the held-out losses after each round, 0 for before the first.
+    """
+
+    def __init__(self, config, bad=lambda partition, number, reply: reply, rows=100, losses=None):
+        self.config, self.bad, self.rows, self.losses = config, bad, rows, losses or {}
+        self.good: dict[int, dict[int, dict]] = {}  # round -> partition -> adapter
+
+    def __call__(self, message, context):
+        partition = context.node_config["partition-id"]
+        if message.metadata.message_type.startswith("query"):
+            facts = ConfigRecord({"partition-id": partition, "num-rows": self.rows, "device": "none"})
+            return Message(RecordDict({"client": facts}), reply_to=message)
+        config, form = message.content["config"], self.config.transfer
+        if message.metadata.message_type == "evaluate":
+            sums = [10.0 * self.losses[config["server-round"]], 5.0, 10.0, 0.0, 0.0, 0.0]
+            scores = RecordDict({"scores": MetricRecord({"": sums}), "metrics": MetricRecord({})})
+            return self.bad(partition, config["server-round"], Message(scores, reply_to=message))
+        received = {name: array.numpy() for name, array in message.content["arrays"].items()}
+        if form != "fp32":
+            received = decode(received, self.initial, form)
+        number = config["server-round"]
+        rng = np.random.default_rng(seed_of(partition, number, config["first-row"]))
+        adapter = {n: (v + 0.01 * rng.standard_normal(v.shape)).astype(np.float32) for n, v in received.items()}
+        self.good.setdefault(number, {})[partition] = adapter
+        report = dict.fromkeys(REPORT, 0.0) | {"num-examples": 10 + partition, "rows": 8, "train_loss": rng.random()}
+        content = RecordDict(
+            {
+                "arrays": to_record(encode(adapter, received, form)),
+                "metrics": MetricRecord(report),
+                "worker": ConfigRecord({"process": "test:1"}),
+            }
+        )
+        return self.bad(partition, number, Message(content, reply_to=message))
+
+
+def play(config, folder, clients=None, going_on=False):
+    """The rounds of a run with clients that have no model."""
+    client._resident.clear()
+    federation = make_federation(config, folder)
+    clients = clients or Clients(config)
+    clients.initial = federation.initial
+    if going_on:
+        federation.restore()
+    federation.run(LocalGrid(clients, config.num_clients))
+    return federation
+
+
+def outcome(folder: Path) -> tuple:
+    """What two runs must have in common to be the same: adapter, metrics without times, strategy's state."""
+    lines = read_json_lines(folder / "metrics.jsonl")
+    last = folder / f"peft_{lines[-1]['round']}"
+    timeless = [{k: v for k, v in line.items() if k != "seconds" and "memory" not in k} for line in lines]
+    state = {k: v for k, v in json.loads((last / "state.json").read_text()).items() if k != "elapsed_s"}
+    return file_sha256(last / "adapter_model.safetensors"), timeless, state, file_sha256(last / "strategy.safetensors")
 
 
 def call_main(*arguments: str) -> int:

@@ -129,11 +129,20 @@ def test_client_sees_every_row_once_before_any_twice():
     np.testing.assert_array_equal(flat, dataset.fresh_rows(rows, 0, 40, seed=1, partition_id=2))
 
 
-def test_holdout_is_disjoint_from_training_and_fixed_by_the_seed():
-    train, held = dataset.split_holdout(40, 0.1, seed=5, partition_id=1)
-    assert len(held) == 4
-    assert sorted([*train, *held]) == list(range(40))
-    np.testing.assert_array_equal(held, dataset.split_holdout(40, 0.1, seed=5, partition_id=1)[1])
+def test_holdout_is_disjoint_from_training_by_content_and_fixed_by_the_seed(tokenizer):
+    rows = [ROW | {"output": f"answer {number % 40}"} for number in range(60)]  # 40 different rows, 20 of them twice
+    partition = tokenized(tokenizer, rows)
+    train, held = dataset.split_holdout(partition, 0.1, seed=5, partition_id=1)
+    assert len(held) == 4  # a tenth of 40
+    answers = [{rows[index]["output"] for index in part} for part in (train, held)]
+    assert not answers[0] & answers[1]
+    assert len(answers[0] | answers[1]) == 40
+    assert len(train) == 60 - sum(1 + (int(answer.split()[1]) < 20) for answer in answers[1])  # both copies are out
+    np.testing.assert_array_equal(held, dataset.split_holdout(partition, 0.1, seed=5, partition_id=1)[1])
+    other = dataset.split_holdout(partition, 0.1, seed=6, partition_id=1)[1]
+    assert held.tolist() != other.tolist()
+    everything, nothing = dataset.split_holdout(partition, 0.0, seed=5, partition_id=1)
+    assert (everything.tolist(), nothing.tolist()) == (list(range(60)), [])
 
 
 def test_tokenized_partition_survives_its_file(tokenizer, tmp_path):

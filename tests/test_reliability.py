@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from safetensors.numpy import load_file
 
@@ -29,69 +29,25 @@ import training
 from compose import resumed
 from config import SettingsError
 from dataset import load_rows
-from guard import REPORT, outliers
+from guard import outliers
 from strategy import RunError
-from tests.conftest import LocalGrid, call_main, children, make_federation, run_locally, small, wait_for_end
-from transfer import decode, encode, to_record
-from utils import file_sha256, read_json_lines, seed_of
+from tests.conftest import (
+    Clients,
+    LocalGrid,
+    call_main,
+    children,
+    make_federation,
+    outcome,
+    play,
+    run_locally,
+    small,
+    wait_for_end,
+)
+from transfer import to_record
+from utils import read_json_lines
 
 SUITE = Path(__file__).parent.parent
 SIX = ["num_rounds=6", "train.save_every_round=2", "num_clients=8", "strategy.fraction_fit=0.5"]
-
-
-class Clients:
-    """A ClientApp without a model: a client adds to the adapter what (partition, round, first row) make of chance.
-
-    `bad` says what becomes of a reply: a function of (partition, round, reply), which returns the reply to send.
-    """
-
-    def __init__(self, config, bad=lambda partition, number, reply: reply, rows=100):
-        self.config, self.bad, self.rows = config, bad, rows
-        self.good: dict[int, dict[int, dict]] = {}  # round -> partition -> adapter
-
-    def __call__(self, message, context):
-        partition = context.node_config["partition-id"]
-        if message.metadata.message_type.startswith("query"):
-            facts = ConfigRecord({"partition-id": partition, "num-rows": self.rows, "device": "none"})
-            return Message(RecordDict({"client": facts}), reply_to=message)
-        config, form = message.content["config"], self.config.transfer
-        received = {name: array.numpy() for name, array in message.content["arrays"].items()}
-        if form != "fp32":
-            received = decode(received, self.initial, form)
-        number = config["server-round"]
-        rng = np.random.default_rng(seed_of(partition, number, config["first-row"]))
-        adapter = {n: (v + 0.01 * rng.standard_normal(v.shape)).astype(np.float32) for n, v in received.items()}
-        self.good.setdefault(number, {})[partition] = adapter
-        report = dict.fromkeys(REPORT, 0.0) | {"num-examples": 10 + partition, "rows": 8, "train_loss": rng.random()}
-        content = RecordDict(
-            {
-                "arrays": to_record(encode(adapter, received, form)),
-                "metrics": MetricRecord(report),
-                "worker": ConfigRecord({"process": "test:1"}),
-            }
-        )
-        return self.bad(partition, number, Message(content, reply_to=message))
-
-
-def play(config, folder, clients=None, going_on=False):
-    """The rounds of a run with clients that have no model."""
-    client._resident.clear()
-    federation = make_federation(config, folder)
-    clients = clients or Clients(config)
-    clients.initial = federation.initial
-    if going_on:
-        federation.restore()
-    federation.run(LocalGrid(clients, config.num_clients))
-    return federation
-
-
-def outcome(folder: Path) -> tuple:
-    """What two runs must have in common to be the same: adapter, metrics without times, strategy's state."""
-    lines = read_json_lines(folder / "metrics.jsonl")
-    last = folder / f"peft_{lines[-1]['round']}"
-    timeless = [{k: v for k, v in line.items() if k != "seconds" and "memory" not in k} for line in lines]
-    state = {k: v for k, v in json.loads((last / "state.json").read_text()).items() if k != "elapsed_s"}
-    return file_sha256(last / "adapter_model.safetensors"), timeless, state, file_sha256(last / "strategy.safetensors")
 
 
 def interrupted_in(number: int):
@@ -197,13 +153,14 @@ def test_as_many_checkpoints_are_kept_as_asked_and_the_best(tmp_path):
     config = small(*SIX, "train.save_every_round=1", "train.keep_checkpoints=2")
     play(config, tmp_path)
     assert runfolder.rounds_in(tmp_path) == [6, 5]
-    lines = [{"round": number, "eval_loss": abs(number - 3)} for number in range(1, 6)]
     for number in range(1, 5):
         (tmp_path / f"peft_{number}").mkdir()
-    checkpoint.prune(tmp_path, 2, lines)
+    checkpoint.prune(tmp_path, config.train, 3)
     assert runfolder.rounds_in(tmp_path) == [6, 5, 3]
-    checkpoint.prune(tmp_path, None, lines)
-    assert runfolder.rounds_in(tmp_path) == [6, 5, 3]
+    assert (tmp_path / "best").resolve().name == "peft_3"
+    config.train.keep_checkpoints, config.train.save_every_round = None, 2
+    checkpoint.prune(tmp_path, config.train, 3)
+    assert runfolder.rounds_in(tmp_path) == [6, 3]  # 5 was saved because a run was stopped there
 
 
 class Torn(FedAvg):
@@ -722,7 +679,7 @@ def test_rows_of_all_kinds_are_trained_on_and_counted(tmp_path):
     federation, summary = run_locally(config, tmp_path / "run")
     first = federation.progress.rounds[0]
     assert (len(first["clients"]), first["cut"]) == (4, 1)
-    assert all("none of its 1 rows has a response to train on" in reason for reason in first["dropped"].values())
+    assert all("none of its 1 rows has a response" in reason for reason in first["dropped"].values())
     assert len(first["dropped"]) == 2
     assert np.isfinite(summary["final_train_loss"])
 

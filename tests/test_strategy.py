@@ -30,11 +30,14 @@ def finished(tmp_path_factory):
 
 def test_run_folder_holds_what_the_design_promises(finished):
     _, summary, folder = finished
-    assert {"metrics.jsonl", "results.json", "train_loss.png", "peft_2", "peft_3"} == {f.name for f in folder.iterdir()}
+    files = {"metrics.jsonl", "results.json", "train_loss.png", "peft_2", "peft_3", "best"}
+    assert {file.name for file in folder.iterdir()} - {"peft_1"} == files  # 1, if its held-out loss is the lowest
     checkpoint = {
         "adapter_model.safetensors",
         "adapter_config.json",
         "chat_template.jinja",
+        "README.md",
+        "train_loss.png",
         "state.json",
         "sha256.json",
     }
@@ -50,14 +53,15 @@ def test_metrics_of_a_round_add_up(finished):
     adapter_bytes = sum(value.nbytes + 128 for value in federation.state.adapter.values())  # with numpy's headers
     for line in lines:
         assert line["bytes_up"] == 2 * adapter_bytes
-        assert line["bytes_down"] == 4 * adapter_bytes  # to two clients that train, and to two that evaluate
+        before = 2 if line["round"] == 1 else 0  # two clients evaluate before the first round
+        assert line["bytes_down"] == (4 + before) * adapter_bytes  # to two that train, and to two that evaluate
         assert line["rows"] == 2 * 2 * 4  # clients, steps, rows a step
         assert len(line["clients"]) == 2
         train = federation.config.train
         highest, lowest = train.learning_rate_max, train.learning_rate_min
         assert line["learning_rate"] == cosine_learning_rate(line["round"], 3, highest, lowest)
         assert set(line["seconds"]) == {"load", "data", "train", "transfer", "aggregate", "wall"}
-        assert line["eval_loss"] > 0
+        assert line["held_out"]["clients"]["loss"] > 0
     assert sum(line["model_loads"] for line in lines) == summary["processes"] == 1
     trained = {client for line in lines for client in line["clients"]}
     assert summary["tokenizations"] <= 4

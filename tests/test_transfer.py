@@ -134,10 +134,10 @@ def test_reply_that_is_no_difference_is_left_out_by_name(tmp_path):
 def test_evaluation_works_over_every_form(tmp_path):
     config = small("transfer=fp16", "dataset.holdout=0.1", "strategy.fraction_evaluate=0.5", "num_rounds=1")
     federation, summary = run_locally(config, tmp_path)
-    assert federation.progress.rounds[0]["eval_loss"] > 0
+    assert federation.progress.rounds[0]["held_out"]["clients"]["loss"] > 0
     shapes = {name: value.shape for name, value in federation.initial.items()}
     assert summary["bytes_up"] == 2 * transfer.payload_bytes(shapes, "fp16")
-    assert summary["bytes_down"] == 2 * summary["bytes_up"]  # two clients are sent it to train, two to evaluate
+    assert summary["bytes_down"] == 3 * summary["bytes_up"]  # two clients train, two evaluate before and two after
 
 
 def test_client_that_starts_from_another_adapter_says_so(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import plots
 import utils
 
 
@@ -15,10 +16,10 @@ def test_learning_rate_falls_by_cosine_from_first_to_last_round():
 
 
 def test_smoothing_has_no_start_up_bias_and_follows_the_values():
-    assert utils.smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert plots.smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     # weight 1/2: first 1; then (1/2 * (1/2 * 1) + 1/2 * 4) / (1 - 1/4) = 3
-    assert utils.smoothed([1.0, 4.0], weight=0.5) == pytest.approx([1.0, 3.0])
-    assert utils.smoothed([1.0, 4.0, 2.0]) == [1.0, 4.0, 2.0]  # a short run is drawn as it is
+    assert plots.smoothed([1.0, 4.0], weight=0.5) == pytest.approx([1.0, 3.0])
+    assert plots.smoothed([1.0, 4.0, 2.0]) == [1.0, 4.0, 2.0]  # a short run is drawn as it is
 
 
 @pytest.mark.parametrize(
