@@ -8,6 +8,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -122,7 +123,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 def label(run: Run, keys: Sequence[str]) -> str:
     """What tells this run from the others: `quantization=4, seed=1`; empty if nothing does."""
-    last = [key.rpartition(".")[2] for key in keys]
+    last = [re.split(r"[./]", key)[-1] for key in keys]
     names = {key: key if last.count(end) > 1 else end for key, end in zip(keys, last, strict=True)}
     return ", ".join(f"{names[key]}={one_line(run.settings[key], 40)}" for key in keys if key in run.settings)
 

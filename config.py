@@ -192,10 +192,9 @@ class RunConfig:
         """Clients that train in a round."""
         return share_of(self.num_clients, self.sampling.fraction_fit)
 
-    @property
-    def evaluators(self) -> int:
+    def evaluators_after(self, round_number: int) -> int:
         """Clients that evaluate on `dataset.eval_name`: any one, or each what it trained alone."""
-        return self.num_clients if self.baseline == "alone" else 1
+        return self.num_clients if self.baseline == "alone" and round_number else 1
 
     def evaluates_after(self, round_number: int) -> bool:
         """Whether it is the turn of `dataset.eval_name`; round 0 is before the first."""
@@ -206,7 +205,7 @@ class RunConfig:
         """Adapters that go out to be evaluated after a round, when `num_clients` are there."""
         share = self.sampling.fraction_evaluate
         own = max(1, share_of(num_clients, share)) if share else 0
-        return own + self.evaluates_after(round_number) * min(self.evaluators, num_clients)
+        return own + self.evaluates_after(round_number) * min(self.evaluators_after(round_number), num_clients)
 
 
 def share_of(count: int, fraction: float) -> int:

@@ -126,8 +126,12 @@ def generate(
             eos_token_id=end,
             **(greedy | options),
         )
-        found += [row[: row.index(end)] if end in row else row for row in output[:, longest:].tolist()]
+        found += [until(row, end) for row in output[:, longest:].tolist()]
     return found
+
+
+def until(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 class Words:

@@ -480,12 +480,12 @@ class Federation:
                 self.progress.warn(f"round {round_number}: no client had rows to evaluate on; raise dataset.holdout")
             found["clients"] = figures(scores) | {"clients": answered}
         if config.evaluates_after(round_number):
-            dropped: set[int] = set()
+            count, dropped = config.evaluators_after(round_number), set[int]()
             for trial in range(config.sampling.round_retries + 1):
-                chosen = self.choose("global", round_number, config.evaluators / config.num_clients, trial, (), dropped)
+                chosen = self.choose("global", round_number, count / config.num_clients, trial, (), dropped)
                 scores, _ = self.scores(round_number, adapter, chosen, "global")
                 dropped |= set(chosen)
-                if scores or config.evaluators * self.payload_bytes > self.budget_left():
+                if scores or count * self.payload_bytes > self.budget_left():
                     break
             found["global"] = figures(scores)
         return {name: values for name, values in found.items() if "loss" in values}

@@ -1,5 +1,6 @@
 """Small pure helpers that several modules share: paths, schedule, seeds, files, metrics."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -219,11 +220,14 @@ def objective(summary: Mapping[str, Any]) -> float:
 
 def held_out_losses(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Held-out loss by round, 0 for before the first: of `dataset.eval_name` if that was measured, else of clients."""
-    found = {line["round"]: line["held_out"] for line in metrics if "held_out" in line}
-    if metrics and "held_out_before" in metrics[0]:
-        found = {0: metrics[0]["held_out_before"]} | found
-    kind = "global" if any("global" in measured for measured in found.values()) else "clients"
-    return {number: measured[kind]["loss"] for number, measured in found.items() if kind in measured}
+    found = {0: metrics[0].get("held_out_before")} if metrics else {}
+    found |= {line["round"]: line.get("held_out") for line in metrics}
+    losses: dict[str, dict[int, float]] = {"global": {}, "clients": {}}
+    for kind, of_kind in losses.items():
+        for number, measured in found.items():
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # not measured, or no file of ours
+                of_kind[number] = float(measured[kind]["loss"])  # type: ignore[index]
+    return losses["global"] or losses["clients"]
 
 
 def best_round(metrics: Sequence[Mapping[str, Any]]) -> int | None:

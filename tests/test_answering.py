@@ -18,6 +18,7 @@ import dataset
 import model as adapters
 import test as cli
 from config import SettingsError
+from evaluation import until
 from tests.conftest import small
 from utils import SUITE_FOLDER, read_json_lines
 
@@ -84,12 +85,12 @@ def test_greedy_answer_equals_generate_on_the_same_ids(answerer):
             eos_token_id=answerer.tokenizer.eos_token_id,
             pad_token_id=answerer.tokenizer.eos_token_id,
         )[0, len(prompt) :].tolist()
-        assert answerer.generate([prompt]) == [answering.until(direct, answerer.tokenizer.eos_token_id)]
+        assert answerer.generate([prompt]) == [until(direct, answerer.tokenizer.eos_token_id)]
 
 
 def test_generation_stops_at_the_end_of_sequence_token(answerer):
-    assert answering.until([5, 6, 2, 7], 2) == [5, 6]
-    assert answering.until([5, 6], 2) == [5, 6]
+    assert until([5, 6, 2, 7], 2) == [5, 6]
+    assert until([5, 6], 2) == [5, 6]
 
 
 def test_merged_model_equals_adapter_on_an_unquantized_base(run_folder, tmp_path):
