@@ -116,13 +116,13 @@ def cell(text: str) -> str:
 def facts(config: RunConfig, lora: LoraConfig, metrics: Sequence[Mapping[str, Any]], own_data: bool) -> dict[str, Any]:
     train, total = config.train, totals_so_far(metrics)
     rows = {int(p): n for line in metrics for p, n in line["num_examples"].items()}
+    data = "the clients' own" if own_data else public(config.dataset.name, "private")
     modules = (
         lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(sorted(lora.target_modules or ()))
     )
     return {
         "base model": f"{public(config.model.name, 'private')}, quantization {config.model.quantization}",
-        "data": f"{'the clients own' if own_data else public(config.dataset.name, 'private')}; "
-        f"{sum(rows.values())} rows of the {len(rows)} clients that took part",
+        "data": f"{data}; {sum(rows.values())} rows of the {len(rows)} clients that took part",
         "federation": f"{config.num_clients} clients, {config.clients_per_round} in each round, "
         f"{config.strategy['_target_'].rsplit('.', 1)[-1]}",
         "rounds": f"{total.get('rounds', 0)} of {config.num_rounds}",

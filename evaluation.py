@@ -89,7 +89,7 @@ def losses_on(model: Any, rows: Sequence[dict[str, list[int]]], micro_batch_size
         part = order[start : start + micro_batch_size]
         batch = collate([rows[index] for index in part])
         device = next(model.parameters()).device
-        logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits[:, :-1].float()
+        logits = model(input_ids=batch["input_ids"][:, :-1].to(device), use_cache=False).logits.float()
         labels = batch["labels"][:, 1:].to(device)
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         right, counted = logits.argmax(-1) == labels, labels != IGNORED

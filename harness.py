@@ -35,7 +35,8 @@ class Tuned(HFLM):
         tokenizer = answerer.tokenizer
         tokenizer.chat_template = answerer.template
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        super().__init__(pretrained=answerer.model, tokenizer=tokenizer, batch_size=batch_size)
+        # by default it takes logarithms in the model's bfloat16, which is off by up to a sixth
+        super().__init__(answerer.model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return encode_text(self.tokenizer, context), encode_text(self.tokenizer, continuation)
@@ -49,9 +50,11 @@ def run_tasks(answerer: "Answerer", options: argparse.Namespace) -> None:
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    if not tasks:
+        raise SettingsError(f"--tasks={options.tasks}: name at least one task; `lm_eval ls tasks` lists all")
     manager = TaskManager(include_path=str(options.include_path) if options.include_path else None)
     missing = [name for name in tasks if not manager.match_tasks([name])]
-    if missing or not tasks:
+    if missing:
         raise SettingsError(f"--tasks={options.tasks}: there is no {', '.join(missing)}; `lm_eval ls tasks` lists all")
     found: dict[str, Any] = {}
     if options.compare:

@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import answering
 import dataset
+import harness
 import model as adapters
 import test as cli
+from client import GLOBAL_SET, Worker, evaluate_adapter
 from config import SettingsError
-from evaluation import until
+from evaluation import figures, held_out, losses_on, score, until
 from tests.conftest import small
 from utils import SUITE_FOLDER, read_json_lines
 
@@ -180,7 +183,7 @@ REFUSED = {
     "no such folder": (["--peft-path=/no/such", "--question=x"], "--peft-path=/no/such: no such folder; a run folder"),
     "no adapter": (["--peft-path={empty}", "--question=x"], "no adapter here; a run folder holds peft_<round>/"),
     "empty question": (["--peft-path={run}", "--question= "], "--question is empty"),
-    "nothing to do": (["--peft-path={run}"], "use one of --question, --chat, --questions and --merge"),
+    "nothing to do": (["--peft-path={run}"], "use one of --question, --chat, --questions, --evaluate, --tasks and"),
     "two things": (["--peft-path={run}", "--question=x", "--chat"], "use one of"),
     "no output": (["--peft-path={run}", "--questions=q"], "go together"),
     "temperature": (["--peft-path={run}", "--question=x", "--temperature=-1"], "--temperature=-1.0: use a number"),
@@ -224,3 +227,108 @@ def test_bad_input_gets_one_line_and_exit_code_2(case, places, monkeypatch, caps
     assert error.startswith("error: ")
     assert expected in error
     assert "\n" not in error
+
+
+# --- measured on data and on tasks ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eval_file(tmp_path_factory) -> Path:
+    """Seven held-out rows, one of each category."""
+    chosen = list({row["category"]: row for row in HELDOUT}.values())
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    return file
+
+
+def test_measurements_equal_those_of_the_clients(run_folder, eval_file, tmp_path, capsys):
+    answering.run(options(run_folder, f"--evaluate={eval_file}", "--compare", f"--output={tmp_path / 'out.json'}"))
+    found = json.loads((tmp_path / "out.json").read_text())
+    worker = Worker(small(f"dataset.eval_name={eval_file}", "evaluate.answers=7", "evaluate.max_new_tokens=24"))
+    tuned = figures(evaluate_adapter(worker, adapters.load_adapter(run_folder / "peft_10"), GLOBAL_SET))
+    base = figures(evaluate_adapter(worker, worker.initial, GLOBAL_SET))
+    for ours, theirs in ((found["with the adapter"], tuned), (found["base model"], base)):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=5e-3)  # the batches differ, and it is bfloat16
+        assert (ours["tokens"], ours["answers"]) == (theirs["tokens"], theirs["answers"])
+        assert ours["by_category"].keys() == theirs["by_category"].keys()
+    shown = capsys.readouterr().out
+    assert "7 rows of" in shown
+    assert f"{found['base model']['loss']:.3f} → {found['with the adapter']['loss']:.3f}" in shown
+
+
+TASKS = {
+    "own_loss": """
+output_type: loglikelihood
+metric_list:
+  - metric: acc
+""",
+    "own_answers": """
+output_type: generate_until
+generation_kwargs: {max_gen_toks: 24, do_sample: false, until: []}
+metric_list:
+  - metric: exact_match
+""",
+}
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: "{file}"}}
+test_split: train
+doc_to_text: "{{{{instruction}}}}{{{{'\\n\\n### Input:\\n' + input if input else ''}}}}"
+doc_to_target: "{{{{output}}}}{eos}"
+target_delimiter: ""
+"""
+
+
+@pytest.fixture(scope="module")
+def task_folder(eval_file) -> Path:
+    folder = eval_file.parent / "tasks"
+    folder.mkdir()
+    for name, rest in TASKS.items():
+        eos = "</s>" if name == "own_loss" else ""
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=eval_file, eos=eos) + rest)
+    return folder
+
+
+def test_lm_eval_gives_the_log_likelihoods_of_our_own_loss(run_folder, eval_file, task_folder, tmp_path):
+    """Rows of different lengths, prompt and response with EOS; each row alone, so that bfloat16 rounds alike."""
+    tasks = [f"--tasks={','.join(TASKS)}", f"--include-path={task_folder}", "--batch-size=1"]
+    asked = options(run_folder, *tasks, f"--output={tmp_path / 'out.json'}")
+    answerer = answering.Answerer(run_folder / "peft_10", asked)
+    harness.run_tasks(answerer, asked)
+    found = json.loads((tmp_path / "out.json").read_text())["with the adapter"]
+    rows = read_json_lines(eval_file)
+    partition = dataset.tokenize_rows(rows, answerer.tokenizer, ALPACA, 512)
+    data = held_out(partition, np.arange(len(rows)), Dataset.from_list(rows), "category")
+    ours = -losses_on(answerer.model, data.rows, micro_batch_size=1)[:, 0]
+    theirs = [float(sample["resps"][0][0][0]) for sample in found["samples"]["own_loss"]]
+    np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-3)
+    right = score(answerer.model, answerer.tokenizer, data, 1, answers=7, max_new_tokens=24)
+    assert found["results"]["own_answers"]["exact_match,none"] == figures(right).get("exact_match")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks=nosuch"], "--tasks=nosuch: there is no nosuch; `lm_eval ls tasks` lists all"),
+        (["--tasks=,"], "--tasks=,: name at least one task; `lm_eval ls tasks` lists all"),
+        (["--evaluate=nosuch.jsonl"], "--evaluate=nosuch.jsonl: no local file or folder"),
+        (["--evaluate=x", "--answers=-1"], "--answers=-1: use a number from 0"),
+        (["--question=x", "--output=y"], "--output=y: goes with --questions, --evaluate or --tasks"),
+        (["--tasks=x", "--evaluate=y"], "use one of --question, --chat, --questions, --evaluate, --tasks and --merge"),
+        (["--tasks=x", "--output=/nosuch/y"], "--output=/nosuch/y: there is no folder /nosuch"),
+    ],
+)
+def test_wrong_measurement_gets_one_clear_line(arguments, message, run_folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SettingsError) as raised:
+        answering.run(options(run_folder, *arguments))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_tasks_without_lm_eval_say_what_to_install(run_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "harness", raising=False)
+    with pytest.raises(SettingsError, match=r"--tasks: needs lm_eval .* pip install -r requirements-extras.txt"):
+        answering.run(options(run_folder, "--tasks=arc_easy"))

@@ -73,6 +73,7 @@ STRATEGIES = {
         "strategy.clipping_norm=0.5", "strategy.num_sampled_clients=4",
     ],
     "int8": ["transfer=int8", "strategy=fedavgm"],
+    "each client alone": ["baseline=alone"],
 }  # fmt: skip
 
 
@@ -417,7 +418,7 @@ def test_superlink_goes_on_only_with_runs_below_its_outputs(tmp_path):
 def test_run_folder_holds_no_pickle(whole_run):
     _, folder = whole_run
     kinds = {file.suffix for file in folder.rglob("*") if file.is_file()}
-    assert kinds <= {".safetensors", ".json", ".jsonl", ".jinja", ".png", ".log", ".yaml"}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".jinja", ".md", ".png", ".log", ".yaml"}
 
 
 # --- replies --------------------------------------------------------------------------------------
