@@ -44,6 +44,8 @@ def client_command() -> int:
     add_connection(parser)
     parser.add_argument("--partition-id", type=int, help="of app:client, from 0")
     parser.add_argument("--dataset", type=Path, help="this node's own rows: a JSON, JSONL, CSV or Parquet file")
+    parser.add_argument("--eval", type=Path, help="rows that nobody trains on, for dataset.eval_name")
+    parser.add_argument("--category-column", help="a column of these rows whose values the server may learn")
     parser.add_argument("--model", type=Path, help="a local folder with the base model, instead of the Hub")
     parser.add_argument("--cache", type=Path, help="a folder in which the quantized base model is kept")
     options, others = parser.parse_known_args()
@@ -121,12 +123,14 @@ def node_config(options: argparse.Namespace) -> str:
     if partition is None or partition < 0:
         raise LaunchError(f"{options.app}: needs --partition-id=NUMBER, from 0, different on every node")
     config = [f"partition-id={partition}"]
-    for key in ("dataset", "model", "cache"):
+    for key in ("dataset", "eval", "model", "cache"):
         path = getattr(options, key)
         if path is not None:
             if not os.path.exists(path):
                 raise LaunchError(f"--{key}={path}: no such file or folder")
             config.append(f"{key}={toml_text(str(path.resolve()))}")
+    if options.category_column:
+        config.append(f"category-column={toml_text(options.category_column)}")
     return " ".join(config)
 
 
@@ -138,7 +142,7 @@ def toml_text(text: str) -> str:
 def start_node(options: argparse.Namespace, others: Sequence[str]) -> int:
     """Run a SuperNode until it ends or is told to, with a worker beside it that is restarted when it dies."""
     if any(other.split("=")[0] == "--node-config" for other in others):
-        raise LaunchError("--node-config: decided by this launcher; use --partition-id, --dataset and --model")
+        raise LaunchError("--node-config: decided by this launcher; use --partition-id, --dataset, --eval and --model")
     config = node_config(options)
     check_connection(options)
     security = ["--insecure"] if options.insecure else []

@@ -87,7 +87,8 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
 
     What is read on this machine is decided here: the server may name a Hub id or what the suite ships,
     never a path, a class to import, or code to trust. The node's config names local files: `dataset`
-    (its own rows), `eval` (a held-out set), `model` (a folder of base weights) and `cache` (for the quantized model).
+    (its own rows), `eval` (a held-out set), `model` (a folder of base weights) and `cache` (for the quantized model);
+    `category-column` names the one column whose values the server may learn.
 
     Raises:
         SettingsError: if the server asks for more.
@@ -119,6 +120,8 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
                 f"OWNER/NAME, and no path on this node; set {key} in the node's config"
             )
     config.model.cache_folder = str(node["cache"]) if "cache" in node else None
+    if "dataset" in node or "eval" in node:  # the server learns the column's values: it could name the answers
+        config.dataset.category_column = str(node.get("category-column", ""))
     template = config.dataset.template
     if template != "tokenizer" and not shipped_path(f"conf/template/{template}.jinja"):
         raise SettingsError(f"dataset.template={template}: on a node, use a template of the suite")

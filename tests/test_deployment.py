@@ -42,9 +42,20 @@ def test_node_uses_its_own_rows_and_ignores_the_servers_data(tmp_path):
     assert (config.dataset.name, own_rows) == (str(SUITE_FOLDER / "quickstart/data/train.jsonl"), False)
 
 
+def test_server_learns_no_value_of_a_nodes_column_unless_the_node_allows_it(tmp_path):
+    own = PRIVATE | {"dataset": str(tmp_path / "own.jsonl")}
+    for node, column in ((own, ""), (PRIVATE | {"eval": "x"}, ""), (own | {"category-column": "ward"}, "ward")):
+        config, _ = resident.node_settings("experiment=quickstart dataset.category_column=output", node)
+        assert config.dataset.category_column == column
+    config, _ = resident.node_settings("experiment=quickstart dataset.eval_name=owner/data", PRIVATE | {"eval": "x"})
+    assert config.dataset.eval_name == "x"
+
+
 @pytest.mark.parametrize(
     "demand",
     [
+        "dataset.eval_name=/etc/passwd",
+        "dataset.eval_name=quickstart/data",
         "dataset.name=/etc/passwd",
         "dataset.name=../../../../../../etc/passwd",
         "dataset.name=/etc",
