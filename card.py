@@ -22,10 +22,19 @@ FIGURES = {
 }
 LIBRARIES = ("flwr", "peft", "transformers", "torch", "bitsandbytes")
 LOADING = {
-    "4": 'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",\n'
-    "        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)",
-    "8": "quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
-    "none": "dtype=torch.bfloat16",
+    "4": """{"quantization_config": BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+)}""",
+    "8": '{"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}',
+    "none": '{"dtype": torch.bfloat16}',
+}
+
+
+ORIGIN = {
+    None: "The clients of a federation trained it together, each on data that it showed to nobody: only adapters "
+    "travelled.",
+    "central": "A baseline, to compare a federation with: trained on all data in one place.",
+    "alone": "A baseline, to compare a federation with: the plain average of what clients learned each alone.",
 }
 
 
@@ -45,9 +54,8 @@ def write_card(
     tables = [f"## {WHOSE[kind]}\n\n{results(found[kind], before.get(kind, {}))}" for kind in WHOSE if kind in found]
     parts = [
         f"---\n{metadata(config, found, own_data).to_yaml()}\n---",
-        f"# LoRA adapter for {public(config.model.name, 'a private model')}, tuned by a federation",
-        "The clients of this federation trained it together, each on data that it showed to nobody: only adapters "
-        f"travelled. This is the state after round {last.get('round', 0)} of {config.num_rounds}.",
+        f"# LoRA adapter for {public(config.model.name, 'a private model')}",
+        f"{ORIGIN[config.baseline]} This is the state after round {last.get('round', 0)} of {config.num_rounds}.",
         *tables,
         f"![Loss by round]({PLOT_FILE})",
         "## Training",
@@ -69,7 +77,7 @@ def metadata(config: RunConfig, found: Mapping[str, Any], own_data: bool) -> Mod
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=public(held_out, "private"),
+            dataset_type=held_out if on_hub(held_out) else "local",
             dataset_name=f"held out, {public(held_out, 'private')}",
             metric_type=key,
             metric_value=found["global"][key],
@@ -143,7 +151,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-base = AutoModelForCausalLM.from_pretrained("{name}", {LOADING[config.model.quantization]})
+as_in_training = {LOADING[config.model.quantization]}
+base = AutoModelForCausalLM.from_pretrained("{name}", **as_in_training)
 model = PeftModel.from_pretrained(base, "THIS_REPOSITORY_OR_FOLDER").eval()
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 tokenizer.chat_template = open("{TEMPLATE_FILE}").read()  # the prompt of its training, in this repository

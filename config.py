@@ -295,6 +295,15 @@ def check_together(config: RunConfig) -> None:
             raise SettingsError(f"{key}._target_={section.get('_target_')}: use the import path of a class")
 
 
+def check_budget(config: RunConfig, payload_bytes: int) -> None:
+    """Raise SettingsError if `strategy.max_bytes` is not even enough for the first round."""
+    most = config.sampling.max_bytes
+    count = sum(config.evaluations_after(number, config.num_clients) for number in (0, 1))
+    first = payload_bytes * (2 * config.clients_per_round + count)
+    if most is not None and first > most:
+        raise SettingsError(f"strategy.max_bytes={most:.10g}: use at least the {first} bytes of the first round")
+
+
 def as_baseline(config: RunConfig) -> RunConfig:
     """The run that `baseline` asks for: as many optimizer steps and rows for each model as the federation's.
 

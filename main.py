@@ -38,8 +38,8 @@ def job(cfg: DictConfig) -> float:
     try:
         config = checked(cfg)
         going_on = not config.dry_run and (config.resume or config.resume_sweep)
-        done = compare.read_run(folder)
-        if going_on and done.status == compare.COMPLETE and not runfolder.has_more_room(folder, config, done.results):
+        done = compare.read_run(folder) if going_on else None
+        if done and done.status == compare.COMPLETE and not runfolder.has_more_room(folder, config, done.results):
             runfolder.check_same(folder, config)
             print(f"{folder}: already complete, final loss {done.results['final_train_loss']:.4f}")
             return objective(done.results)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 
 import model as adapters
-from config import RunConfig, SettingsError, share_of
+from config import RunConfig, SettingsError, check_budget, share_of
 from dataset import (
     COLUMNS,
     find_template,
@@ -129,8 +129,10 @@ def describe_evaluation(config: RunConfig) -> str:
 def describe_checkpoints(config: RunConfig) -> str:
     count = -(-config.num_rounds // config.train.save_every_round)
     kept = min(count, config.train.keep_checkpoints or count)
-    best = " and the best" if describe_evaluation(config) else ""
-    return f"every {config.train.save_every_round} rounds, {kept}{best} of {count} kept"
+    best = " and whenever the held-out loss is lowest" if describe_evaluation(config) else ""
+    return (
+        f"every {config.train.save_every_round} rounds{best}; {kept} of {count} kept{', and the best' if best else ''}"
+    )
 
 
 def describe_data(config: RunConfig) -> str:
@@ -151,6 +153,7 @@ def plan_sizes(config: RunConfig) -> dict[str, str]:
             raise error
         return dict.fromkeys(("adapter", "bytes down and up", "memory of a step"), UNKNOWN)
     where, free = free_memory()
+    check_budget(config, size.payload_bytes)
     rounds, sent, returned = traffic(config, size.payload_bytes)
     early = "" if rounds == config.num_rounds else f"; strategy.max_bytes ends the run after round {rounds}"
     return {

@@ -33,7 +33,7 @@ import transfer
 from card import write_card
 from checkpoint import State
 from clients import Clients, Progress, last_line
-from config import RunConfig, RunError, SamplingConfig, SettingsError, check_keywords, share_of
+from config import RunConfig, RunError, SamplingConfig, SettingsError, check_budget, check_keywords, share_of
 from evaluation import Scores, figures
 from guard import (
     PARTS,
@@ -157,7 +157,7 @@ class Federation:
         self.norms: dict[int, float] = {}  # by partition id: sizes of this round's good updates
         self.payload_bytes = transfer.payload_bytes(self.shapes, config.transfer)
         self.before: dict[str, Any] = {}  # what the held-out rows said before the first round
-        self.check_budget()
+        check_budget(config, self.payload_bytes)
 
     def run(self, grid: Grid) -> dict[str, Any]:
         """All rounds that are left; returns the summary that results.json holds.
@@ -250,14 +250,6 @@ class Federation:
         if patience is None or max(losses, default=0) - best < patience:
             return None
         return f"train.early_stop_rounds={patience}: the held-out loss was lowest after round {best}"
-
-    def check_budget(self) -> None:
-        """Raise SettingsError if `strategy.max_bytes` is not even enough for the first round."""
-        config, most = self.config, self.config.sampling.max_bytes
-        count = sum(config.evaluations_after(number, config.num_clients) for number in (0, 1))
-        first = self.payload_bytes * (2 * config.clients_per_round + count)
-        if most is not None and first > most:
-            raise SettingsError(f"strategy.max_bytes={most:.10g}: use at least the {first} bytes of the first round")
 
     def afford(self, round_number: int, num_training: int) -> None:
         """Raise BudgetSpent if so many clients can not train any more, and others evaluate what comes of it."""

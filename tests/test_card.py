@@ -45,7 +45,7 @@ def test_card_of_published_names_has_what_the_hub_reads(tmp_path):
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     expected = {"loss": 0.25, "perplexity": 1.284, "token_accuracy": 0.875, "exact_match": 0.5, "rouge_l": 0.75}
     assert results == expected
-    assert 'from_pretrained("openlm-research/open_llama_3b_v2", quantization_config=BitsAndBytesConfig(' in card.text
+    assert 'from_pretrained("openlm-research/open_llama_3b_v2", **as_in_training)' in card.text
     assert "| before | 1.5000 | 4.482 | 50.0% |  |  |" in card.text
     assert "| after | 0.2500 | 1.284 | 87.5% | 50.0% | 0.750 |" in card.text
     assert r"| after, sort \| sum | 0.1250 | 1.133 | 100.0% |  |  |" in card.text
