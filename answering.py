@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TextStreamer, set_seed
 
@@ -87,7 +88,9 @@ def base_settings(checkpoint: Path, quantization: str | None, trust: bool = Fals
         raise SettingsError(
             f"--peft-path={checkpoint}: state.json is broken; choose --quantization and remove it"
         ) from error
-    return ModelConfig(name=str(name), quantization=quantization or trained or "none", trust_remote_code=trust)
+    return ModelConfig(
+        name=str(name), quantization=quantization or trained or "none", trust_remote_code=trust, cache_folder=None
+    )
 
 
 def check_shapes(cfg: ModelConfig, checkpoint: Path) -> None:
@@ -269,7 +272,7 @@ def evaluate(answerer: Answerer, options: argparse.Namespace) -> None:
             found["base model"] = measured(answerer, data, options)
     found["with the adapter"] = measured(answerer, data, options)
     console = Console(highlight=False)
-    console.print(f"{len(partition)} rows of {options.evaluate}, {answerer.name}", soft_wrap=True)
+    console.print(f"{len(partition)} rows of {options.evaluate}, {answerer.name}", soft_wrap=True, markup=False)
     console.print(table_of(found))
     if options.output:
         write_json(options.output, found)
@@ -286,10 +289,10 @@ def table_of(found: Mapping[str, Mapping[str, Any]]) -> Table:
     *_, last = found.values()
     columns = [key for key in shown if key in last]
     table = Table("", *(key.replace("_", " ") for key in columns), box=SIMPLE, title=" → ".join(found))
-    for line in [*last.get("by_category", {}), "all"]:
-        models = [figure if line == "all" else figure["by_category"][line] for figure in found.values()]
+    lines = [(name, [figure["by_category"][name] for figure in found.values()]) for name in last.get("by_category", {})]
+    for name, models in [*lines, ("all", list(found.values()))]:
         cells = (" → ".join(format(model.get(key, math.nan), shown[key]) for model in models) for key in columns)
-        table.add_row(line, *cells)
+        table.add_row(Text(name), *cells)
     return table
 
 

@@ -8,6 +8,7 @@ import csv
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,10 @@ def measured(runs: Sequence[Run]) -> Measured:
         if run.status != COMPLETE or "global" not in last.get("held_out", {}):
             continue
         arm, setting = run.settings.get("baseline", "null"), label(run, keys) or "all"
-        models = len(last["num_examples"]) if arm == "alone" else 1
+        models = run.results["clients_used"] if arm == "alone" else 1
         effort = {
-            "steps": run.results["optimizer_steps"] // models,
-            "rows": run.results["rows_trained"] // models,
-            "passes": run.results["rows_trained"] / max(1, sum(last["num_examples"].values())),
+            "steps": Fraction(run.results["optimizer_steps"], models),
+            "rows": Fraction(run.results["rows_trained"], models),
         }
         table[setting][arm].append(figures_of(last["held_out"]["global"]) | effort)
         if arm == "null" and "global" in run.metrics[0].get("held_out_before", {}):
@@ -112,7 +112,9 @@ def footnote(table: Measured) -> str:
         for run in found
         if "steps" in run
     }
+    if not efforts:
+        return "No run is complete and was measured on dataset.eval_name.\n"
     if len(efforts) == 1:
         steps, rows = efforts.pop()
         return f"Each model was trained for {steps} optimizer steps on {rows} rows, repetitions counted.\n"
-    return f"Warning: the models were not trained equally: steps and rows of {sorted(efforts)}.\n"
+    return f"Warning: the models were not trained equally: steps and rows of {', '.join(f'{steps} and {rows}' for steps, rows in sorted(efforts))}.\n"

@@ -1,5 +1,6 @@
 """The model card of a checkpoint: README.md in the Hub's format, with the curves beside it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from peft import LoraConfig
 
-from config import RunConfig
+from config import HUB_ID, SHIPPED_NAMES, RunConfig
+from dataset import READERS
 from model import TEMPLATE_FILE
 from plots import plot_loss
-from utils import CARD_FILE, PLOT_FILE, bytes_text, local_path, shipped_path, totals_so_far
+from utils import CARD_FILE, PLOT_FILE, bytes_text, local_path, totals_so_far
 
 FIGURES = {
     "loss": "{:.4f}",
@@ -34,7 +36,8 @@ ORIGIN = {
     None: "The clients of a federation trained it together, each on data that it showed to nobody: only adapters "
     "travelled.",
     "central": "A baseline, to compare a federation with: trained on all data in one place.",
-    "alone": "A baseline, to compare a federation with: the plain average of what clients learned each alone.",
+    "alone": "A baseline, to compare a federation with: the average of what clients learned each alone. Nobody has "
+    "measured it: the figures of that run are those of each client's own adapter.",
 }
 
 
@@ -51,7 +54,9 @@ def write_card(
     """
     last = metrics[-1] if metrics else {}
     found, before = last.get("held_out", {}), (metrics[0] if metrics else {}).get("held_out_before", {})
-    tables = [f"## {WHOSE[kind]}\n\n{results(found[kind], before.get(kind, {}))}" for kind in WHOSE if kind in found]
+    if config.baseline == "alone":
+        found = before = {}
+    tables = [f"## {WHOSE[kind]}\n\n{table}" for kind, table in tables_of(found, before).items()]
     parts = [
         f"---\n{metadata(config, found, own_data).to_yaml()}\n---",
         f"# LoRA adapter for {public(config.model.name, 'a private model')}",
@@ -69,6 +74,16 @@ def write_card(
 
 
 WHOSE = {"global": "On rows that nobody trained on", "clients": "On rows that the clients held out"}
+
+
+def tables_of(found: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, str]:
+    """A table of figures for each kind of held-out rows; what categories clients' own rows have is for nobody else."""
+    categories = found.get("global", {}).get("by_category", {})
+    return {
+        kind: results(found[kind], before.get(kind, {}), categories if kind == "global" else {})
+        for kind in WHOSE
+        if kind in found
+    }
 
 
 def metadata(config: RunConfig, found: Mapping[str, Any], own_data: bool) -> ModelCardData:
@@ -97,20 +112,20 @@ def metadata(config: RunConfig, found: Mapping[str, Any], own_data: bool) -> Mod
 
 
 def on_hub(name: str) -> bool:
-    return local_path(name) is None
+    return bool(HUB_ID.fullmatch(name)) and local_path(name) is None and Path(name).suffix not in READERS
 
 
 def public(name: str, otherwise: str) -> str:
     """`name`, unless it is a path on somebody's machine."""
-    return name if on_hub(name) or shipped_path(name) else otherwise
+    return name if on_hub(name) or name in SHIPPED_NAMES else otherwise
 
 
-def results(after: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """A table of all figures and of each category's, before the first round and now."""
+def results(after: Mapping[str, Any], before: Mapping[str, Any], by_category: Mapping[str, Any]) -> str:
+    """A table of all figures, before the first round and now, and of each category's."""
     lines = ["| | " + " | ".join(key.replace("_", " ") for key in FIGURES if key in after) + " |"]
     lines.append("|---" * (1 + sum(key in after for key in FIGURES)) + "|")
     named = {"before": before} if before else {}
-    named |= {"after": after} | {f"after, {name}": figure for name, figure in after.get("by_category", {}).items()}
+    named |= {"after": after} | {f"after, {name}": figure for name, figure in by_category.items()}
     for name, figure in named.items():
         cells = [text.format(figure[key]) if key in figure else "" for key, text in FIGURES.items() if key in after]
         lines.append(f"| {' | '.join([cell(name), *cells])} |")
@@ -118,7 +133,8 @@ def results(after: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 
 def cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    """`text`, which may be anybody's, inside a Markdown table: no markup, no new cell."""
+    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def facts(config: RunConfig, lora: LoraConfig, metrics: Sequence[Mapping[str, Any]], own_data: bool) -> dict[str, Any]:

@@ -8,9 +8,8 @@ with a digest of every other file.
 import functools
 import json
 import logging
-import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 
 import model as adapters
-from config import SettingsError, TrainConfig
+from config import SettingsError
 from model import Adapter
 from runfolder import BEST_LINK, folder_of, rounds_in
 from utils import sync, torn_files, write_digests, write_json
@@ -127,27 +126,33 @@ def newest(
     return None
 
 
-def prune(run_folder: Path, train: TrainConfig, best: int | None) -> None:
-    """Remove what `train` does not ask to keep, and let `best/` point to the checkpoint of round `best`, if there is
-    one. That and the newest stay; of the others the newest `keep_checkpoints`, and none between the rounds whose turn
-    it was.
+def prune(run_folder: Path, keep: int | None, best: int | None, spare: Collection[int] = ()) -> None:
+    """Remove what need not stay: the newest `keep` checkpoints do, besides that of round `best`; None keeps all.
+
+    Args:
+        spare: rounds that were only saved because they were the best for a while.
 
     Raises:
         OSError: if a folder can not be removed.
     """
-    newest, *older = rounds_in(run_folder)
-    for position, number in enumerate(older, start=1):
-        in_turn, too_many = number % train.save_every_round == 0, position >= (train.keep_checkpoints or math.inf)
-        if number != best and (too_many or not in_turn):
+    rounds = rounds_in(run_folder)
+    kept = [number for number in rounds if number != best and (number == rounds[0] or number not in spare)][:keep]
+    for number in rounds:
+        if number != best and number not in kept:
             shutil.rmtree(folder_of(run_folder, number))
+
+
+def point_to(run_folder: Path, best: int | None) -> None:
+    """Let `best/` point to the checkpoint of round `best`, if there is one."""
     link, beside = run_folder / BEST_LINK, run_folder / f"{BEST_LINK}.tmp"
-    if best is not None and folder_of(run_folder, best).is_dir():
+    if best is None or not folder_of(run_folder, best).is_dir():
+        return
+    try:
         beside.unlink(missing_ok=True)
-        try:
-            beside.symlink_to(folder_of(run_folder, best).name)
-            beside.replace(link)
-        except OSError as error:  # a file system without links: results.json says it too
-            log.warning("%s can not point to round %s (%s)", link, best, error)
+        beside.symlink_to(folder_of(run_folder, best).name)
+        beside.replace(link)
+    except OSError as error:  # a file system without links: results.json says it too
+        log.warning("%s can not point to round %s (%s)", link, best, error)
 
 
 # --- the state of any Flower strategy -------------------------------------------------------------

@@ -59,6 +59,7 @@ class Worker:
         self.config, self.cache_folder, self.own_rows = config, cache_folder, own_rows
         self.partitions: dict[int, Partition] = {}
         self.splits: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.held: dict[int, HeldOut] = {}
         self.counts = {"model_loads": 0, "tokenizations": 0}  # since they were last reported
         torch.set_num_threads(min(config.client_resources.num_cpus, os.cpu_count() or 1))
 
@@ -141,10 +142,12 @@ class Worker:
 
     def held_out(self, partition_id: int) -> HeldOut:
         """What a client, or GLOBAL_SET, has to evaluate on."""
-        partition, raw = self.partition(partition_id), self.raw_rows(partition_id)
-        every = np.arange(len(partition))
-        chosen = every if partition_id == GLOBAL_SET else self.split(partition_id)[1]
-        return held_out(partition, chosen, raw, self.config.dataset.category_column)
+        if partition_id not in self.held:
+            partition, raw = self.partition(partition_id), self.raw_rows(partition_id)
+            every = np.arange(len(partition))
+            chosen = every if partition_id == GLOBAL_SET else self.split(partition_id)[1]
+            self.held[partition_id] = held_out(partition, chosen, raw, self.config.dataset.category_column)
+        return self.held[partition_id]
 
 
 def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -> tuple[Adapter, dict[str, Any]]:

@@ -6,6 +6,7 @@ Every default is written in `conf/`; this schema holds types, meanings and range
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -16,6 +17,9 @@ PASSED_ON = ("model.lora", "dataset.partitioner", "train.training_arguments", "s
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 TRANSFERS = ("fp32", "fp16", "int8")
 BASELINES = ("alone", "central")
+# the only names of a server's run that mean something everywhere: what the suite ships, and OWNER/NAME of the Hub
+SHIPPED_NAMES = ("quickstart/data/train.jsonl", "quickstart/data/heldout.jsonl", "quickstart/model")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 MISSING: Any = "???"  # OmegaConf's word for a value that conf/ has to give
 
 
@@ -295,11 +299,15 @@ def check_together(config: RunConfig) -> None:
             raise SettingsError(f"{key}._target_={section.get('_target_')}: use the import path of a class")
 
 
-def check_budget(config: RunConfig, payload_bytes: int) -> None:
-    """Raise SettingsError if `strategy.max_bytes` is not even enough for the first round."""
+def check_budget(config: RunConfig, payload_bytes: int, once_bytes: int) -> None:
+    """Raise SettingsError if `strategy.max_bytes` is not even enough for the first round.
+
+    Args:
+        once_bytes: that one client sends before it.
+    """
     most = config.sampling.max_bytes
     count = sum(config.evaluations_after(number, config.num_clients) for number in (0, 1))
-    first = payload_bytes * (2 * config.clients_per_round + count)
+    first = payload_bytes * (2 * config.clients_per_round + count) + once_bytes
     if most is not None and first > most:
         raise SettingsError(f"strategy.max_bytes={most:.10g}: use at least the {first} bytes of the first round")
 

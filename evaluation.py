@@ -21,7 +21,7 @@ from utils import generator
 FIELDS = ("loss", "right", "tokens", "exact", "rouge_l", "answers")
 """Of response tokens with EOS: summed loss in nats, how many the model would choose, how many there are. Of answered
 rows: how many are exactly right, summed ROUGE-L (F1), how many there are."""
-MOST_CATEGORIES = 100
+MOST_CATEGORIES, LONGEST_NAME = 100, 100  # names are cut
 ANSWERS_AT_ONCE = 16
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # written without blanks: each character counts as a word
 
@@ -44,7 +44,8 @@ def held_out(partition: Partition, chosen: np.ndarray, raw: Dataset, category_co
     Data with more than MOST_CATEGORIES categories counts as having none.
     """
     texts = raw.select(partition.sources[chosen].tolist())
-    categories = [text_of(value) for value in texts[category_column]] if category_column in raw.column_names else []
+    values = texts[category_column] if category_column in raw.column_names else []
+    categories = [" ".join(text_of(value).split())[:LONGEST_NAME] for value in values]
     if not categories or len(set(categories)) > MOST_CATEGORIES:
         categories = [""] * len(texts)
     rows = [partition.row(index) for index in chosen]
@@ -153,6 +154,8 @@ def figures(scores: Scores) -> dict[str, Any]:
     if not scores:
         return {}
     by_category = {name: means(sums) for name, sums in sorted(scores.items()) if name}
+    if len(by_category) > MOST_CATEGORIES:  # of all clients together
+        by_category = {}
     return means(np.sum(list(scores.values()), 0)) | ({"by_category": by_category} if by_category else {})
 
 

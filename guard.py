@@ -7,14 +7,13 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import Message, MetricRecord
 
-from evaluation import FIELDS, MOST_CATEGORIES, Scores
+from evaluation import FIELDS, LONGEST_NAME, MOST_CATEGORIES, Scores
 from model import Adapter
 
 PARTS = ("load_s", "data_s", "train_s")
 TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "cut", "model_loads", "tokenizations")
 REPORT = frozenset((*PARTS, *TOTALS, "total_s", "num-examples", "train_loss", "peak_memory_bytes"))
 MOST = 1e12  # of any number that a client reports
-LONGEST_NAME = 200  # of a category
 
 
 def check_reply(reply: Message, shapes: Mapping[str, tuple[int, ...]], num_rows: float = np.inf) -> str | None:
@@ -69,8 +68,12 @@ def check_report(reply: Message) -> str | None:
     return None
 
 
-def check_scores(reply: Message) -> str | None:
-    """Why the scores in an evaluation's reply can not be used, or None: plausible sums by category."""
+def check_scores(reply: Message, least: float = 0, most: float = MOST) -> str | None:
+    """Why the scores in an evaluation's reply can not be used, or None: plausible sums by category.
+
+    Args:
+        least, most: tokens that they can be of.
+    """
     if reply.has_error():
         return str(reply.error.reason)
     scores = reply.content.metric_records.get("scores")
@@ -84,7 +87,15 @@ def check_scores(reply: Message) -> str | None:
             return f"category {name}: loss={loss}, right={right}, tokens={tokens} are no usable numbers"
         if not (0 <= exact <= answers and 0 <= rouge <= answers and answers <= MOST and answers == int(answers)):
             return f"category {name}: exact={exact}, rouge_l={rouge}, answers={answers} are no usable numbers"
-    return None
+    tokens = tokens_of(reply)
+    return None if least <= tokens <= most else f"its scores are of {tokens:g} tokens, which can not be"
+
+
+def tokens_of(reply: Message) -> float:
+    """Tokens that scores are of."""
+    return sum(
+        cast(list[float], sums)[FIELDS.index("tokens")] for sums in reply.content.metric_records["scores"].values()
+    )
 
 
 def scores_of(replies: Sequence[Message]) -> Scores:

@@ -24,6 +24,8 @@ class Sizes:
     adapter: int
     payload_bytes: int
     """The adapter as it travels, in the form that `transfer` names."""
+    once_bytes: int
+    """What one client sends before the first round: tensors that start from the base weights (DoRA's magnitudes)."""
     layers: int
     hidden: int
     intermediate: int
@@ -45,6 +47,7 @@ def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
         other=sum(weight.numel() for weight in parameters.values()) - linear,
         adapter=sum(prod(shape) for shape in shapes.values()),
         payload_bytes=payload_bytes(shapes, config.transfer),
+        once_bytes=adapters.starts_from_base(shapes) * payload_bytes(shapes, "fp32"),
         layers=base.num_hidden_layers,
         hidden=base.hidden_size,
         intermediate=getattr(base, "intermediate_size", 4 * base.hidden_size),

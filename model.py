@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,11 @@ def initial_adapter(shapes: Mapping[str, tuple[int, ...]], lora: LoraConfig, see
         elif "lora_B" in name or "lora_embedding_A" in name:
             adapter[name] = np.zeros(shape, np.float32)
     return adapter
+
+
+def starts_from_base(shapes: Iterable[str]) -> bool:
+    """Whether an adapter has tensors that `initial_adapter` can not make."""
+    return any("lora_magnitude" in name for name in shapes)
 
 
 def load_base(cfg: ModelConfig, device: str | None = None) -> Any:

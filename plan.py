@@ -22,7 +22,7 @@ from dataset import (
     tokenize_rows,
 )
 from engine import check_machine
-from memory import free_memory, memory_bytes, sizes
+from memory import Sizes, free_memory, memory_bytes, sizes
 from strategy import make_strategy
 from training import training_arguments
 from utils import bytes_text, local_path
@@ -153,25 +153,28 @@ def plan_sizes(config: RunConfig) -> dict[str, str]:
             raise error
         return dict.fromkeys(("adapter", "bytes down and up", "memory of a step"), UNKNOWN)
     where, free = free_memory()
-    check_budget(config, size.payload_bytes)
-    rounds, sent, returned = traffic(config, size.payload_bytes)
+    check_budget(config, size.payload_bytes, size.once_bytes)
+    rounds, sent, returned = traffic(config, size)
     early = "" if rounds == config.num_rounds else f"; strategy.max_bytes ends the run after round {rounds}"
     return {
         "adapter": f"{bytes_text(4 * size.adapter)}, {size.adapter:,} parameters of {size.linear + size.other:,}",
         "bytes down and up": f"{bytes_text(size.payload_bytes * sent)} and "
-        f"{bytes_text(size.payload_bytes * returned)} in all, {bytes_text(size.payload_bytes)} an adapter{early}",
+        f"{bytes_text(size.payload_bytes * returned + size.once_bytes)} in all, "
+        f"{bytes_text(size.payload_bytes)} an adapter{early}",
         "memory of a step": f"about {bytes_text(memory_bytes(size, config))}; free here: {bytes_text(free)} ({where})",
     }
 
 
-def traffic(config: RunConfig, payload_bytes: int) -> tuple[int, int, int]:
+def traffic(config: RunConfig, size: Sizes) -> tuple[int, int, int]:
     """Rounds that `strategy.max_bytes` allows, and adapters sent down and up in them, if no client fails."""
     most = config.sampling.max_bytes or float("inf")
     sent, returned, count = config.evaluations_after(0, config.num_clients), 0, config.clients_per_round
     for number in range(1, config.num_rounds + 1):
         down = count + config.evaluations_after(number, config.num_clients)
-        if (sent + returned + down + count) * payload_bytes > most:
-            return number - 1, sent, returned
+        if (sent + returned + down + count) * size.payload_bytes + size.once_bytes > most:
+            measured = number == 1 or config.evaluates_after(number - 1) or not config.dataset.eval_name
+            last = not measured and (sent + returned + 1) * size.payload_bytes + size.once_bytes <= most
+            return number - 1, sent + last, returned
         sent, returned = sent + down, returned + count
     return config.num_rounds, sent, returned
 

@@ -43,7 +43,7 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
         best = min(held_out, key=held_out.__getitem__)
         label = f"{held_out[best]:.3f}"
         axes.annotate(label, (best, held_out[best]), (0, 6), textcoords="offset points", ha="center")
-    axes.set(title=title, xlabel="Round", ylabel="Loss")
+    axes.set(title=title.replace("$", r"\$"), xlabel="Round", ylabel="Loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     tidy(axes)

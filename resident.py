@@ -26,9 +26,6 @@ from flwr.app import Error, Message, RecordDict
 CLIENT_ERROR = 1  # Error.code of a reply that carries a client's traceback
 SOCKET_VARIABLE, KEY_VARIABLE = "FLOWERTUNE_WORKER", "FLOWERTUNE_WORKER_KEY"
 PARTITIONERS = re.compile(r"flwr_datasets\.partitioner\.[A-Z]\w*")
-# the only files of a node that a server may name
-SHIPPED_NAMES = ("quickstart/data/train.jsonl", "quickstart/data/heldout.jsonl", "quickstart/model")
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 # KEY=VALUE of this suite: no hydra.* and no ${...}, which could read this machine's files and environment
 SAFE_OVERRIDE = re.compile(r"\+{0,2}(?!hydra)[a-z][\w./]*=[^$/~][^$]*")
 CONNECT_S = 60.0
@@ -94,7 +91,7 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
         SettingsError: if the server asks for more.
     """
     from compose import compose
-    from config import SettingsError
+    from config import HUB_ID, SHIPPED_NAMES, SettingsError
     from runfolder import RESUME
     from utils import shipped_path
 

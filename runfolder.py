@@ -154,8 +154,7 @@ def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterat
         elif config.resume:
             raise SettingsError(f"resume={folder}: no run is there")
         write_json(folder / SETTINGS_FILE, content)
-        for name in (ERROR_FILE, RESULTS_FILE):  # of before
-            (folder / name).unlink(missing_ok=True)
+        (folder / ERROR_FILE).unlink(missing_ok=True)
         try:
             yield going_on
         except Exception as error:
@@ -206,11 +205,14 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
     """Note what tells data apart; raise SettingsError if the run in `folder` was started with other data."""
     content = read_settings(folder)
-    if (content.get("data") or facts) != facts:
-        raise SettingsError(
-            f"dataset.name={content['settings']['dataset']['name']}: the run in {folder} was started with other rows "
-            f"({content['data']['rows']} then, {facts['rows']} now); put them back to go on with it"
-        )
+    before = content.get("data") or facts
+    for key, then, now in (("name", before, facts), ("eval_name", before.get("held_out"), facts.get("held_out"))):
+        same = {k: v for k, v in (then or {}).items() if k != "held_out"}
+        if same != {k: v for k, v in (now or {}).items() if k != "held_out"}:
+            raise SettingsError(
+                f"dataset.{key}={content['settings']['dataset'][key]}: the run in {folder} was started with other rows "
+                f"({(then or {}).get('rows')} then, {(now or {}).get('rows')} now); put them back to go on with it"
+            )
     write_json(folder / SETTINGS_FILE, content | {"data": dict(facts)})
 
 

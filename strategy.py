@@ -36,6 +36,7 @@ from clients import Clients, Progress, last_line
 from config import RunConfig, RunError, SamplingConfig, SettingsError, check_budget, check_keywords, share_of
 from evaluation import Scores, figures
 from guard import (
+    MOST,
     PARTS,
     TOTALS,
     check_adapter,
@@ -45,6 +46,7 @@ from guard import (
     outliers,
     process_of,
     scores_of,
+    tokens_of,
     update_norm,
 )
 from model import Adapter
@@ -157,7 +159,10 @@ class Federation:
         self.norms: dict[int, float] = {}  # by partition id: sizes of this round's good updates
         self.payload_bytes = transfer.payload_bytes(self.shapes, config.transfer)
         self.before: dict[str, Any] = {}  # what the held-out rows said before the first round
-        check_budget(config, self.payload_bytes)
+        once_bytes = adapters.starts_from_base(self.shapes) * transfer.payload_bytes(self.shapes, "fp32")
+        check_budget(config, self.payload_bytes, once_bytes)
+        self.spare: set[int] = set()  # rounds that have a checkpoint only because they were the best
+        self.global_tokens: float | None = None  # of dataset.eval_name, by the first who counted them
 
     def run(self, grid: Grid) -> dict[str, Any]:
         """All rounds that are left; returns the summary that results.json holds.
@@ -185,6 +190,7 @@ class Federation:
                 if not self.state.round_number:
                     raise RunError(str(spent)) from spent
                 ended = str(spent)
+                self.charge()
             return self.summarize(ended)
         except BaseException:
             self.save_last_round()
@@ -203,6 +209,8 @@ class Federation:
         self.initial = dict(sorted(({name: received[name].numpy() for name in self.shapes} | self.initial).items()))
         if not self.state.round_number:
             self.state = State(self.initial)
+        else:
+            self.clients.take_traffic()  # the first round has it already
 
     def play_round(self, round_number: int) -> None:
         """Sample, train, check, aggregate, record; a checkpoint every `save_every_round` rounds."""
@@ -238,27 +246,56 @@ class Federation:
             append_json_line(self.folder / METRICS_FILE, line)
         self.metrics.append(line)
         self.state = state
-        last, best = state.round_number == self.config.num_rounds, best_round(self.metrics) == state.round_number
-        if last or best or state.round_number % self.config.train.save_every_round == 0:
+        number = state.round_number
+        in_turn = number % self.config.train.save_every_round == 0 or number == self.config.num_rounds
+        if in_turn or self.best == number:
+            self.spare |= set() if in_turn else {number}
             with self.writing():
                 self.save_checkpoint()
 
+    def charge(self) -> None:
+        """Count the bytes of a round that was given up to the one before it."""
+        for way, spent in self.clients.take_traffic().items():
+            self.metrics[-1][way] += spent
+        with self.writing():
+            self.write_metrics()
+
+    def write_metrics(self) -> None:
+        write_whole(self.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.metrics))
+
+    @property
+    def best(self) -> int | None:
+        """The round with the best adapter, if that was measured: of clients alone, each has another."""
+        return None if self.config.baseline == "alone" else best_round(self.metrics)
+
     def no_better(self) -> str | None:
-        """Why the run ends here, by `train.early_stop_rounds`; None if it goes on."""
-        patience, losses = self.config.train.early_stop_rounds, held_out_losses(self.metrics)
-        best = min(losses, key=losses.__getitem__, default=0)
-        if patience is None or max(losses, default=0) - best < patience:
+        """Why the run ends here, by `train.early_stop_rounds`; None if it goes on, or it is no round to measure."""
+        config, number, losses = self.config, self.state.round_number, held_out_losses(self.metrics)
+        due = bool(config.sampling.fraction_evaluate) or config.evaluates_after(number)
+        best = min(losses, key=losses.__getitem__, default=number)
+        if config.train.early_stop_rounds is None or not due or number - best < config.train.early_stop_rounds:
             return None
-        return f"train.early_stop_rounds={patience}: the held-out loss was lowest after round {best}"
+        when = f"after round {best}" if best else "before the first round"
+        return f"train.early_stop_rounds={config.train.early_stop_rounds}: the held-out loss was lowest {when}"
 
     def afford(self, round_number: int, num_training: int) -> None:
         """Raise BudgetSpent if so many clients can not train any more, and others evaluate what comes of it."""
-        count = 2 * num_training + self.config.evaluations_after(round_number, len(self.clients.nodes))
-        if count * self.payload_bytes > self.budget_left():
+        wanted = self.round_bytes(round_number, num_training)
+        if wanted > self.budget_left():
             raise BudgetSpent(
                 f"strategy.max_bytes={self.config.sampling.max_bytes:.10g}: {self.budget_left():.10g} bytes are left, "
-                f"round {round_number} would take {count * self.payload_bytes}"
+                f"round {round_number} would take {wanted}"
             )
+
+    def round_bytes(self, round_number: int, num_training: int) -> int:
+        """Bytes of a round in which no client fails."""
+        evaluating = self.config.evaluations_after(round_number, len(self.clients.nodes))
+        return self.payload_bytes * (2 * num_training + evaluating)
+
+    def num_training(self) -> int:
+        """Clients that train in a round: `fraction_fit` of those that are there, and no fewer than are needed."""
+        sampling, here = self.config.sampling, len(self.clients.nodes)
+        return min(here, max(1, sampling.min_replies, share_of(here, sampling.fraction_fit)))
 
     def budget_left(self) -> float:
         """Bytes of `strategy.max_bytes` that no round has used so far."""
@@ -278,7 +315,7 @@ class Federation:
         self.norms = {}
         for trial in range(sampling.round_retries + 1):
             self.clients.wait_for(sampling.min_replies, sampling.round_timeout_s)
-            chosen = self.choose("train", round_number, sampling.fraction_fit, trial, good, dropped)
+            chosen = self.choose("train", round_number, self.num_training(), trial, good, dropped)
             self.afford(round_number, len(chosen))
             messages = self.messages(
                 "train", round_number, chosen, self.state.adapter, **{"learning-rate": learning_rate}
@@ -302,18 +339,17 @@ class Federation:
         self,
         purpose: str,
         round_number: int,
-        fraction: float,
+        count: int,
         trial: int = 0,
         good: Iterable[int] = (),
         dropped: Iterable[int] = (),
     ) -> list[int]:
-        """The partition ids of the clients that take part: `fraction` of those that are there, at least one.
+        """The partition ids of `count` clients that take part, of those that are there.
 
         In a further trial, as many as are missing behind the `good` ones: such as were not `dropped`, if there are.
         """
         here, key = set(self.clients.nodes), (purpose, self.config.seed, round_number)
-        least = self.config.sampling.min_replies if purpose == "train" else 1
-        count = min(len(here), max(least, share_of(len(here), fraction)))
+        count = min(count, len(here))
         if not trial:
             return sample(here, count, *key)
         others, missing = here - set(good), count - len(set(good))
@@ -466,15 +502,15 @@ class Federation:
         """What held-out rows say of `adapter`: those of some clients, and those of everybody, if it is their turn."""
         config, found = self.config, dict[str, dict[str, Any]]()
         if share := config.sampling.fraction_evaluate:
-            chosen = self.choose("evaluate", round_number, share)
+            chosen = self.choose("evaluate", round_number, max(1, share_of(len(self.clients.nodes), share)))
             scores, answered = self.scores(round_number, adapter, chosen, "own")
             if not scores:
                 self.progress.warn(f"round {round_number}: no client had rows to evaluate on; raise dataset.holdout")
             found["clients"] = figures(scores) | {"clients": answered}
-        if config.evaluates_after(round_number):
+        if config.evaluates_after(round_number) or self.is_last(round_number):
             count, dropped = config.evaluators_after(round_number), set[int]()
             for trial in range(config.sampling.round_retries + 1):
-                chosen = self.choose("global", round_number, count / config.num_clients, trial, (), dropped)
+                chosen = self.choose("global", round_number, count, trial, (), dropped)
                 scores, _ = self.scores(round_number, adapter, chosen, "global")
                 dropped |= set(chosen)
                 if scores or count * self.payload_bytes > self.budget_left():
@@ -482,18 +518,35 @@ class Federation:
             found["global"] = figures(scores)
         return {name: values for name, values in found.items() if "loss" in values}
 
+    def is_last(self, round_number: int) -> bool:
+        """Whether this round's adapter is the final one for want of bytes, and there are enough left to measure it."""
+        left = self.budget_left()
+        after_it = self.round_bytes(round_number + 1, self.num_training())
+        return bool(self.config.dataset.eval_name) and round_number > 0 and self.payload_bytes <= left < after_it
+
     def scores(self, round_number: int, adapter: Adapter, chosen: Sequence[int], rows: str) -> tuple[Scores, list[int]]:
         """The scores that the `chosen` clients give on their `own` rows or the `global` ones, and who answered."""
         replies = self.clients.exchange(self.messages("evaluate", round_number, chosen, adapter, rows=rows))
         good = {}
         for partition in chosen:
             reply = replies.get(self.clients.nodes[partition])
-            fault = check_scores(reply) if reply else f"no reply in {self.clients.timeout_s:g}s"
+            fault = (
+                self.fault_of_scores(partition, reply, rows) if reply else f"no reply in {self.clients.timeout_s:g}s"
+            )
             if fault:
                 self.blame(round_number, partition, "could not evaluate", fault)
             elif reply:
                 good[partition] = reply
         return scores_of(list(good.values())), list(good)
+
+    def fault_of_scores(self, partition: int, reply: Message, rows: str) -> str | None:
+        """Why scores can not be used: a client's are of no more tokens than it has, those of everybody's of as many."""
+        if rows == "own":
+            return check_scores(reply, 0, self.clients.num_rows[partition] * self.config.train.seq_length)
+        fault = check_scores(reply, self.global_tokens or 1, self.global_tokens or MOST)
+        if fault is None:
+            self.global_tokens = tokens_of(reply)
+        return fault
 
     def save_checkpoint(self) -> None:
         """Write `peft_<round>/`, and remove the oldest beyond `train.keep_checkpoints`."""
@@ -504,7 +557,8 @@ class Federation:
 
         checkpoint.save(self.folder, self.state, self.lora, self.template, facts, card)
         self.saved = self.state.round_number
-        checkpoint.prune(self.folder, self.config.train, best_round(self.metrics))
+        checkpoint.prune(self.folder, self.config.train.keep_checkpoints, self.best, self.spare)
+        checkpoint.point_to(self.folder, self.best)
 
     def save_last_round(self) -> None:
         """When the run ends early: keep the last whole round, unless it is on disk."""
@@ -549,7 +603,8 @@ class Federation:
             for number in rounds_in(self.folder):
                 if number > self.saved:  # of rounds whose metrics are lost: they are done again
                     shutil.rmtree(folder_of(self.folder, number))
-            write_whole(self.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.metrics))
+            self.write_metrics()
+            (self.folder / RESULTS_FILE).unlink(missing_ok=True)  # of a run that was ended early
         log.info("going on after round %s", self.saved)
         self.progress.going_on(self.saved)
 
@@ -565,10 +620,7 @@ class Federation:
         examples = {int(p): rows for line in self.metrics for p, rows in line["num_examples"].items()}
         used = {p: int(min(seen, examples[p])) for p, seen in sorted(self.state.rows_seen.items())}
         folder = folder_of(self.folder, self.state.round_number)
-        summary = totals_so_far(self.metrics)
-        for way, spent in self.clients.traffic.items():  # of a round that was given up
-            summary[way] += spent
-        summary |= {
+        summary = totals_so_far(self.metrics) | {
             "clients_used": len(used),
             "rows_used": sum(used.values()),
             "rows_used_by_client": used,

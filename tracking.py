@@ -32,8 +32,9 @@ def start_tracker(config: RunConfig, folder: Path) -> Any:
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """What of a line of metrics.jsonl a tracker can draw."""
-    return {key: value for key, value in flattened(record) if isinstance(value, int | float)}
+    """What of a line of metrics.jsonl a tracker can draw; names of categories could be anything, so none of them."""
+    found = ((key, value) for key, value in flattened(record) if ".by_category." not in key)
+    return {key: value for key, value in found if isinstance(value, int | float)}
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -201,12 +201,13 @@ def totals_so_far(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def totals_of_held_out(metrics: Sequence[Mapping[str, Any]], losses: Mapping[int, float]) -> dict[str, Any]:
     """What results.json says of held-out rows; `bytes_per_point` are those that lowered the loss by 1.0 (nat)."""
-    last, best = max(losses), min(losses, key=losses.__getitem__)
+    last, best = max(losses), best_round(metrics) or max(losses)
     sent = sum(line.get("bytes_down", 0) + line.get("bytes_up", 0) for line in metrics if line["round"] <= last)
     gained = losses.get(0, 0.0) - losses[last]
     return {
         "held_out_loss_before": losses.get(0),
         "held_out_loss": losses[last],
+        "held_out_round": last,
         "best_held_out_loss": losses[best],
         "best_round": best,
         "bytes_per_point": sent / gained if gained > 0 else None,

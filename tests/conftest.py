@@ -121,6 +121,9 @@ class Clients:
 
     def __call__(self, message, context):
         partition = context.node_config["partition-id"]
+        if message.metadata.message_type == "query.initial_adapter":
+            arrays = {name: np.ones(shape, np.float32) for name, shape in self.shapes.items()}
+            return Message(RecordDict({"arrays": to_record(arrays)}), reply_to=message)
         if message.metadata.message_type.startswith("query"):
             facts = ConfigRecord({"partition-id": partition, "num-rows": self.rows, "device": "none"})
             return Message(RecordDict({"client": facts}), reply_to=message)
@@ -152,7 +155,7 @@ def play(config, folder, clients=None, going_on=False):
     client._resident.clear()
     federation = make_federation(config, folder)
     clients = clients or Clients(config)
-    clients.initial = federation.initial
+    clients.initial, clients.shapes = federation.initial, federation.shapes
     if going_on:
         federation.restore()
     federation.run(LocalGrid(clients, config.num_clients))

@@ -256,6 +256,19 @@ def test_measurements_equal_those_of_the_clients(run_folder, eval_file, tmp_path
     assert f"{found['base model']['loss']:.3f} → {found['with the adapter']['loss']:.3f}" in shown
 
 
+def test_category_names_are_text_and_nothing_is_written_beside(run_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(HELDOUT[0] | {"category": name}) + "\n" for name in ("[/math]", "all", "[math]"))
+    )
+    monkeypatch.chdir(tmp_path)
+    answering.run(options(run_folder, "--evaluate=rows.jsonl", "--answers=0", "--quantization=4"))
+    shown = capsys.readouterr().out
+    assert "[/math]" in shown
+    assert "[math]" in shown
+    assert shown.count("  all ") == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]  # no cache of the quantized model
+
+
 TASKS = {
     "own_loss": """
 output_type: loglikelihood

@@ -86,6 +86,7 @@ def arm(folder, number, name, seed, loss, exact, before=None, steps=6, clients=1
     line |= {"held_out_before": {"global": {"loss": before, "exact_match": 0.0}}} if before else {}
     (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     facts = {"final_train_loss": 1.0, "optimizer_steps": steps * clients, "rows_trained": 8 * steps * clients}
+    facts |= {"clients_used": clients}
     write_json(run / "results.json", facts)
 
 
@@ -122,7 +123,7 @@ def test_unequal_effort_is_told_and_what_differs_gets_its_own_lines(sweep):
     text = baselines.report(find_runs([sweep]), sweep)
     assert "partitioner=iid | held-out loss" in text
     assert "partitioner=dirichlet | held-out loss | 2.000 |  | 0.400 |  |  |" in text
-    assert "Warning: the models were not trained equally: steps and rows of [(5, 40), (6, 48)]." in text
+    assert "Warning: the models were not trained equally: steps and rows of 5 and 40, 6 and 48." in text
 
 
 def test_baseline_needs_a_rate_above_the_lowest():

@@ -9,6 +9,7 @@ import model as adapters
 from answering import find_checkpoint
 from card import write_card
 from tests.conftest import small
+from utils import SUITE_FOLDER
 
 METRICS = [
     {
@@ -74,6 +75,30 @@ def test_data_of_the_clients_own_is_not_taken_for_the_named_one(tmp_path):
     card = card_of(tmp_path, "dataset.name=vicgalle/alpaca-gpt4", own_data=True)
     assert "alpaca" not in card.content
     assert "the clients' own" in card.text
+
+
+@pytest.mark.parametrize("place", ["{suite}/tests", "tests", "patients/ward7/x", "{suite}/quickstart/data/train.jsonl"])
+def test_card_names_no_path_below_the_suite_or_on_another_machine(place, tmp_path):
+    place = place.format(suite=SUITE_FOLDER)
+    card = card_of(tmp_path, f"dataset.name={place}", f"dataset.eval_name={place}/rows.jsonl")
+    assert place not in card.content
+    assert "rows.jsonl" not in card.content
+
+
+def test_baseline_says_what_it_is_and_not_what_nobody_measured(tmp_path):
+    card = card_of(tmp_path, "baseline=alone", "dataset.eval_name=x/y")
+    assert card.data.eval_results is None
+    assert "0.2500" not in card.text
+    assert "Nobody has measured it" in card.text
+    assert "showed to nobody" not in card_of(tmp_path, "baseline=central").text
+
+
+def test_categories_of_clients_own_rows_and_markup_stay_out(tmp_path):
+    figure = {"loss": 0.125, "perplexity": 1.133, "token_accuracy": 1.0, "tokens": 4}
+    held_out = {kind: figure | {"by_category": {f"<b>[{kind}](http://x)": figure}} for kind in ("global", "clients")}
+    card = card_of(tmp_path, metrics=[METRICS[0], METRICS[1] | {"held_out": held_out}])
+    assert r"after, \<b\>\[global\](http://x) |" in card.text
+    assert "[clients" not in card.text
 
 
 def test_card_without_measurements_says_nothing_about_them(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 
 import checkpoint
 import client
@@ -21,6 +21,8 @@ from config import RunError, SettingsError
 from dataset import IGNORED, load_rows
 from evaluation import HeldOut, figures, score
 from guard import check_scores
+from memory import sizes
+from model import read_config
 from plan import check_inputs, traffic
 from tests.conftest import Clients, LocalGrid, make_federation, outcome, play, run_locally, small
 from tests.test_client import start
@@ -304,6 +306,7 @@ GOOD = [2.0, 1.0, 3.0, 1.0, 1.5, 2.0]  # in the order of evaluation.FIELDS
         ({"": [*GOOD[:3], 3.0, 1.5, 2.0]}, "no usable numbers"),
         ({"": [*GOOD[:5], math.inf]}, "no usable numbers"),
         ({"x" * 300: GOOD}, "does not report exactly"),
+        ({"": GOOD, "more": [0.0, 0.0, 1e12, 0.0, 0.0, 0.0]}, "1e+12 tokens, which can not be"),
         ({str(number): GOOD for number in range(200)}, "up to 100 categories"),
         (None, "does not report scores"),
     ],
@@ -313,7 +316,7 @@ def test_scores_that_can_not_be_are_refused(scores, fault):
     message = Message(RecordDict(), 1, "evaluate")
     message.metadata.__dict__["_message_id"] = "question"
     content = RecordDict({} if scores is None else {"scores": MetricRecord(scores)})
-    found = check_scores(Message(content, reply_to=message))
+    found = check_scores(Message(content, reply_to=message), most=100)
     assert found is None if fault is None else fault in str(found)
 
 
@@ -395,7 +398,8 @@ def test_run_that_never_beats_the_base_model_stops_and_says_so(tmp_path):
     config = small(*TEN, "train.early_stop_rounds=2")
     play(config, tmp_path, Clients(config, losses=losses(1, 2, 3, 4)))
     found = measured(tmp_path)
-    assert (found["rounds"], found["best_round"]) == (2, 0)
+    assert found["ended"] == "train.early_stop_rounds=2: the held-out loss was lowest before the first round"
+    assert (found["rounds"], found["best_round"], found["best_held_out_loss"]) == (2, 1, 2)
     assert (tmp_path / "best").readlink().name == "peft_1"  # of the checkpoints the best
 
 
@@ -411,7 +415,9 @@ def test_budget_ends_the_run_before_the_round_that_would_exceed_it(form, tmp_pat
         assert found["bytes_down"] + found["bytes_up"] == 4 * rounds * size <= most
         assert found["ended"].startswith(f"strategy.max_bytes={most:.10g}: ")
         assert runfolder.rounds_in(tmp_path / str(most))[0] == rounds
-        assert traffic(limited, size)[0] == rounds  # the dry run knows it beforehand
+        assert (
+            traffic(limited, sizes(read_config(limited.model), limited))[0] == rounds
+        )  # the dry run knows it beforehand
         assert federation.state.round_number == rounds
 
 
@@ -431,11 +437,77 @@ def test_budget_counts_evaluations_and_further_trials(tmp_path):
 
     broken.bad = bad
     tight = small(*settings, f"strategy.max_bytes={12 * size}")
-    federation = play(tight, tmp_path / "b", broken)
+    play(tight, tmp_path / "b", broken)
     assert measured(tmp_path / "b")["rounds"] == 1
-    assert federation.clients.traffic == {"bytes_down": 2 * size, "bytes_up": 2 * size}
     found = measured(tmp_path / "b")
-    assert found["bytes_down"] + found["bytes_up"] == 9 * size  # those of the round that was given up count
+    assert found["bytes_down"] + found["bytes_up"] == 9 * size  # 1 + 4, and 4 that were spent in vain
+    again = play(tight, tmp_path / "b", going_on=True)  # and they still count in a process that goes on
+    assert again.state.round_number == 1
+    assert measured(tmp_path / "b")["bytes_down"] == found["bytes_down"]
+
+
+def test_last_adapter_of_a_budget_is_measured_if_there_is_room(tmp_path):
+    settings = ["num_rounds=10", HELD_OUT, "evaluate.every_rounds=4"]
+    size = make_federation(small(*settings), tmp_path / "none").payload_bytes
+    for most, measured_round in ((14, 3), (13, 0)):  # 1 + 4 + 4 + 4, and one more to measure
+        config = small(*settings, f"strategy.max_bytes={most * size}")
+        play(config, tmp_path / str(most), Clients(config, losses=losses(9, 8, 7, 6)))
+        found = measured(tmp_path / str(most))
+        assert (found["rounds"], found["held_out_round"]) == (3, measured_round)
+        assert found["bytes_down"] + found["bytes_up"] == most * size
+        assert traffic(config, sizes(read_config(config.model), config)) == (3, most - 6, 6)
+
+
+def test_resumed_dora_run_sends_and_ends_like_a_whole_one(tmp_path):
+    settings = ["num_rounds=4", "model.lora.use_dora=true", "train.save_every_round=1"]
+    size = make_federation(small(*settings), tmp_path / "none").payload_bytes
+    config = small(*settings, f"strategy.max_bytes={13 * size}")  # one before the first round, four in each
+    play(config, tmp_path / "whole")
+    assert measured(tmp_path / "whole")["rounds"] == 3
+    assert traffic(config, sizes(read_config(config.model), config))[0] == 3
+    with pytest.raises(RuntimeError, match="stopped"):
+        play(config, tmp_path / "torn", Clients(config, stop_in(2)))
+    play(config, tmp_path / "torn", going_on=True)
+    assert outcome(tmp_path / "torn") == outcome(tmp_path / "whole")
+
+
+def test_client_can_not_weigh_more_than_its_rows_or_change_the_global_set(tmp_path):
+    def boast(partition, number, reply):
+        if "scores" in reply.content.metric_records and partition == 0:
+            reply.content.metric_records["scores"][""] = [0.0, 0.0, 1e9, 0.0, 0.0, 0.0]
+        return reply
+
+    config = small("num_rounds=2", "dataset.holdout=0.1", "strategy.fraction_evaluate=1.0")
+    federation = play(config, tmp_path / "own", Clients(config, boast, losses=losses(3, 2, 1)))
+    assert federation.metrics[1]["held_out"]["clients"]["loss"] == 1.0
+    assert federation.metrics[1]["held_out"]["clients"]["clients"] == [1, 2, 3]
+
+    def change(partition, number, reply):
+        if "scores" in reply.content.metric_records and number == 2:
+            reply.content.metric_records["scores"][""] = [0.0, 0.0, 11.0, 0.0, 0.0, 0.0]
+        return reply
+
+    config = small("num_rounds=2", HELD_OUT, "evaluate.every_rounds=1")
+    federation = play(config, tmp_path / "global", Clients(config, change, losses=losses(3, 2, 1)))
+    assert "held_out" not in federation.metrics[1]
+    assert "its scores are of 11 tokens, which can not be" in federation.progress.warnings[0]
+
+
+def test_more_clients_than_expected_do_not_evaluate_more(tmp_path):
+    config = small(HELD_OUT, "num_rounds=1")
+    client._resident.clear()
+    federation, clients = make_federation(config, tmp_path), Clients(config, losses=losses(2, 1))
+    federation.run(LocalGrid(clients, 12))
+    assert federation.metrics[0]["held_out"]["global"]["tokens"] == 10
+    down = federation.metrics[0]["bytes_down"] // federation.payload_bytes
+    assert down == 6 + 2  # half of twelve train; one evaluates before, one after
+
+
+def test_run_whose_loss_is_no_number_any_more_stops_early_too(tmp_path):
+    config = small(*TEN, "train.early_stop_rounds=2")
+    values = losses(9, 8, *[math.nan] * 9)
+    play(config, tmp_path, Clients(config, losses=values))
+    assert measured(tmp_path)["rounds"] == 3
 
 
 def test_budget_below_one_round_is_refused(tmp_path):
@@ -454,7 +526,6 @@ def test_run_that_was_ended_early_goes_on_when_there_is_more_room(tmp_path):
     assert runfolder.has_more_room(tmp_path / "run", more, results)
     more.resume = str(tmp_path / "run")
     with runfolder.claimed(tmp_path / "run", more, []) as going_on:
-        assert not (tmp_path / "run" / "results.json").exists()  # it is not complete any more
         play(more, tmp_path / "run", going_on=going_on)
     assert measured(tmp_path / "run")["rounds"] == 4
 
@@ -477,7 +548,7 @@ def test_link_that_is_not_the_best_checkpoint_is_still_refused(tmp_path):
 def test_checkpoint_needs_no_links(tmp_path, monkeypatch, caplog):
     (tmp_path / "peft_3").mkdir()
     monkeypatch.setattr(checkpoint.Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError("not supported")))
-    checkpoint.prune(tmp_path, small().train, 3)
+    checkpoint.point_to(tmp_path, 3)
     assert "can not point to round 3" in caplog.text
 
 
@@ -507,7 +578,25 @@ def test_budget_that_a_first_round_exceeds_is_an_error(tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_a_reply_may_hold_an_empty_category_name():
-    record = MetricRecord({"": GOOD})
-    assert ConfigRecord({}) == {}
-    assert list(record[""]) == GOOD
+def test_long_and_odd_category_names_are_cut_to_one_line(exact):
+    worker, data = exact
+    partition = worker.partition(GLOBAL_SET)
+    names = ["x" * 300, "two\nlines", None, "[/bold]"]
+    raw = Dataset.from_dict({"output": ["y"] * 203, "category": (names * 51)[:203]})
+    found = set(evaluation.held_out(partition, np.arange(203), raw, "category").categories)
+    assert found == {"x" * 100, "two lines", "", "[/bold]"}
+    both = figures({str(number): np.array(GOOD) for number in range(101)})
+    assert "by_category" not in both  # too many of all clients together
+
+
+def test_wrong_limit_leaves_the_results_of_an_ended_run_alone(tmp_path):
+    size = make_federation(small(), tmp_path / "none").payload_bytes
+    config = small("num_rounds=4", f"strategy.max_bytes={8 * size}")
+    (tmp_path / "run").mkdir()
+    with runfolder.claimed(tmp_path / "run", config, []):
+        play(config, tmp_path / "run")
+    worse = small("num_rounds=4", "strategy.max_bytes=10")
+    worse.resume = str(tmp_path / "run")
+    with pytest.raises(SettingsError, match="use at least"), runfolder.claimed(tmp_path / "run", worse, []):
+        make_federation(worse, tmp_path / "run")
+    assert measured(tmp_path / "run")["rounds"] == 2

@@ -154,14 +154,25 @@ def test_as_many_checkpoints_are_kept_as_asked_and_the_best(tmp_path):
     config = small(*SIX, "train.save_every_round=1", "train.keep_checkpoints=2")
     play(config, tmp_path)
     assert runfolder.rounds_in(tmp_path) == [6, 5]
-    for number in range(1, 5):
+
+
+@pytest.mark.parametrize(
+    ("there", "keep", "best", "spare", "left"),
+    [
+        ([1, 2, 3, 4, 5, 6], 2, 3, [], [6, 5, 3]),
+        ([1, 2, 3, 4, 5, 6], 2, 6, [], [6, 5, 4]),  # two besides the best
+        ([1, 2, 3], None, None, [], [3, 2, 1]),
+        ([1, 3, 6, 7, 8], 2, 7, [1, 7], [8, 7, 6]),
+        ([2, 4, 6, 8, 9], None, None, [], [9, 8, 6, 4, 2]),  # 9: a run was stopped there
+        ([5, 7, 10], None, 10, [7], [10, 5]),
+        ([5, 7], None, 5, [7], [7, 5]),  # the newest stays, to go on from
+    ],
+)
+def test_checkpoints_that_need_not_stay_are_removed(there, keep, best, spare, left, tmp_path):
+    for number in there:
         (tmp_path / f"peft_{number}").mkdir()
-    checkpoint.prune(tmp_path, config.train, 3)
-    assert runfolder.rounds_in(tmp_path) == [6, 5, 3]
-    assert (tmp_path / "best").resolve().name == "peft_3"
-    config.train.keep_checkpoints, config.train.save_every_round = None, 2
-    checkpoint.prune(tmp_path, config.train, 3)
-    assert runfolder.rounds_in(tmp_path) == [6, 3]  # 5 was saved because a run was stopped there
+    checkpoint.prune(tmp_path, keep, best, spare)
+    assert runfolder.rounds_in(tmp_path) == left
 
 
 class Torn(FedAvg):
