@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -272,10 +271,12 @@ def evaluate(answerer: Answerer, options: argparse.Namespace) -> None:
             found["base model"] = measured(answerer, data, options)
     found["with the adapter"] = measured(answerer, data, options)
     console = Console(highlight=False)
-    console.print(f"{len(partition)} rows of {options.evaluate}, {answerer.name}", soft_wrap=True, markup=False)
+    answered = f"{min(options.answers, len(partition))} answered in at most {options.max_new_tokens} tokens"
+    what = f"{len(partition)} rows of {options.evaluate}, {answered}; {answerer.name}"
+    console.print(what, soft_wrap=True, markup=False)
     console.print(table_of(found))
     if options.output:
-        write_json(options.output, found)
+        write_json(options.output, {"measured": what} | found)
 
 
 def measured(answerer: Answerer, data: HeldOut, options: argparse.Namespace) -> dict[str, Any]:
@@ -291,7 +292,7 @@ def table_of(found: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table("", *(key.replace("_", " ") for key in columns), box=SIMPLE, title=" → ".join(found))
     lines = [(name, [figure["by_category"][name] for figure in found.values()]) for name in last.get("by_category", {})]
     for name, models in [*lines, ("all", list(found.values()))]:
-        cells = (" → ".join(format(model.get(key, math.nan), shown[key]) for model in models) for key in columns)
+        cells = (" → ".join(format(m[key], shown[key]) if key in m else "–" for m in models) for key in columns)
         table.add_row(Text(name), *cells)
     return table
 

@@ -5,6 +5,7 @@ A sweep over `baseline=null,alone,central` writes baselines.md, baselines.csv an
 """
 
 import csv
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,11 +21,13 @@ FIGURES = {"loss": "held-out loss", "exact_match": "exact match", "rouge_l": "RO
 
 
 def report(runs: Sequence[Run], output: Path) -> str:
-    """Write baselines.md, .csv and .png into `output`; returns the first.
+    """Write baselines.md, .csv and .png into `output`; returns the first. Nothing, if no two arms can be compared.
 
     A line for whatever differs besides the seed; values are means over seeds with their standard deviations.
     """
-    table = measured(runs)
+    table = {setting: arms for setting, arms in measured(runs).items() if len(arms.keys() - {"base"}) > 1}
+    if not table:
+        return ""
     rows = [line for setting, arms in table.items() for line in lines_of(setting, arms)]
     with (output / "baselines.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
@@ -38,17 +41,22 @@ def report(runs: Sequence[Run], output: Path) -> str:
                 lines.append([setting, name, *(text_of(values(arms, arm, key)) for arm in ARMS), ratio(arms, key)])
     text = "".join(f"| {' | '.join(map(cell, line))} |\n" for line in lines) + "\n" + footnote(table)
     (output / "baselines.md").write_text(text, encoding="utf-8")
-    losses = {setting: {ARMS[arm]: values(arms, arm, "loss") for arm in ARMS} for setting, arms in table.items()}
+    losses = {
+        setting: {ARMS[arm]: values(arms, arm, "loss") for arm in ARMS if arm in arms}
+        for setting, arms in table.items()
+    }
     plot_baselines(losses, output / "baselines.png")
     return text
 
 
+# what does not tell one comparison from another: the arms, their repetitions, and how they were measured
+UNRELATED = re.compile(r"baseline$|seed$|evaluate\.|strategy\.fraction_evaluate$|hydra\.")
 Measured = dict[str, dict[str, list[dict[str, Any]]]]  # by settings and arm: what each seed's run found
 
 
 def measured(runs: Sequence[Run]) -> Measured:
     table: Measured = defaultdict(lambda: defaultdict(list))
-    keys = [key for key in differing(runs) if key not in ("baseline", "seed")]
+    keys = [key for key in differing(runs) if not UNRELATED.match(key)]
     for run in runs:
         last = run.metrics[-1] if run.metrics else {}
         if run.status != COMPLETE or "global" not in last.get("held_out", {}):
@@ -112,9 +120,8 @@ def footnote(table: Measured) -> str:
         for run in found
         if "steps" in run
     }
-    if not efforts:
-        return "No run is complete and was measured on dataset.eval_name.\n"
     if len(efforts) == 1:
         steps, rows = efforts.pop()
         return f"Each model was trained for {steps} optimizer steps on {rows} rows, repetitions counted.\n"
-    return f"Warning: the models were not trained equally: steps and rows of {', '.join(f'{steps} and {rows}' for steps, rows in sorted(efforts))}.\n"
+    listed = ", ".join(f"{steps} and {rows}" for steps, rows in sorted(efforts))
+    return f"Warning: the models were not trained equally: steps and rows of {listed}.\n"

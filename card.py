@@ -73,7 +73,7 @@ def write_card(
         plot_loss(metrics, folder / PLOT_FILE, f"{config.num_clients} clients")
 
 
-WHOSE = {"global": "On rows that nobody trained on", "clients": "On rows that the clients held out"}
+WHOSE = {"global": "On held-out rows", "clients": "On rows that the clients held out, other clients' each time"}
 
 
 def tables_of(found: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, str]:
@@ -129,6 +129,8 @@ def results(after: Mapping[str, Any], before: Mapping[str, Any], by_category: Ma
     for name, figure in named.items():
         cells = [text.format(figure[key]) if key in figure else "" for key, text in FIGURES.items() if key in after]
         lines.append(f"| {' | '.join([cell(name), *cells])} |")
+    if "answers" in after:
+        lines.append(f"\nExact match and ROUGE-L are of {after['answers']} answers.")
     return "\n".join(lines)
 
 

@@ -23,8 +23,9 @@ from yaml import YAMLError
 
 from plots import plot_comparison
 from runfolder import ERROR_FILE, METRICS_FILE, RESULTS_FILE, RESUME, SETTINGS_FILE
-from utils import bytes_text, seconds_text, totals_so_far
+from utils import bytes_text, read_json_lines, seconds_text, totals_so_far
 
+FILES = ("sweep.csv", "sweep.md", "train_loss.png", "baselines.csv", "baselines.md", "baselines.png")
 COMPLETE, FAILED, INTERRUPTED = "complete", "failed", "interrupted"
 NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column -> (key of results.json, how people read it)
     "final loss": ("final_train_loss", "{:.4f}".format),
@@ -79,13 +80,11 @@ def read_object(file: Path) -> dict[str, Any]:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl."""
-    lines = []
-    for line in read_text(file).splitlines():
-        with suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and {"round", "train_loss"} <= set(record):
-                lines.append(record)
-    return lines
+    with suppress(OSError):
+        return [
+            line for line in read_json_lines(file) if isinstance(line, dict) and {"round", "train_loss"} <= set(line)
+        ]
+    return []
 
 
 def hydras_overrides(file: Path) -> list[str]:
@@ -215,7 +214,9 @@ def main() -> int:
         print(f"error: --output={options.output}: can not be written ({error.strerror})", file=sys.stderr)
         return 2
     print((options.output / "sweep.md").read_text(encoding="utf-8"), end="")
-    print(f"written: sweep.csv, sweep.md, train_loss.png in {options.output.resolve()}", file=sys.stderr)
+    print(read_text(options.output / "baselines.md"), end="")
+    written = [name for name in FILES if (options.output / name).exists()]
+    print(f"written: {', '.join(written)} in {options.output.resolve()}", file=sys.stderr)
     return 0
 
 

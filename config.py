@@ -289,6 +289,11 @@ def check_together(config: RunConfig) -> None:
             f"train.early_stop_rounds={train.early_stop_rounds}: nothing is held out to measure; set "
             "dataset.eval_name, or strategy.fraction_evaluate"
         )
+    if train.early_stop_rounds and train.early_stop_rounds >= config.num_rounds:
+        raise SettingsError(
+            f"train.early_stop_rounds={train.early_stop_rounds}: can not end a run of num_rounds={config.num_rounds}; "
+            "use less"
+        )
     if sampling.fraction_evaluate and not config.dataset.holdout:
         raise SettingsError(
             f"strategy.fraction_evaluate={sampling.fraction_evaluate}: clients have no rows to evaluate on; "

@@ -47,7 +47,7 @@ def load_rows(cfg: DatasetConfig) -> Dataset:
         SettingsError: if there is no such data set, it can not be read, or lacks a column.
     """
     disable_progress_bars()
-    path = local_path(cfg.name)
+    path = local_rows(cfg.name)
     rows = read_local(cfg, path) if path else read_hub(cfg)
     missing = [column for column in COLUMNS if column not in rows.column_names]
     if missing:
@@ -58,6 +58,18 @@ def load_rows(cfg: DatasetConfig) -> Dataset:
     if not len(rows):
         raise SettingsError(f"dataset.name={cfg.name}: has no rows")
     return with_text_columns(rows, cfg.name)
+
+
+def local_rows(name: str) -> Path | None:
+    """The file or folder that `dataset.name` means; None for a Hub id.
+
+    Raises:
+        SettingsError: if it can be no Hub id, and is not there.
+    """
+    path = local_path(name)
+    if path is None and (Path(name).suffix in READERS or name.startswith(("/", ".", "~"))):
+        raise SettingsError(f"dataset.name={name}: there is no such file or folder")
+    return path
 
 
 def load_eval_rows(cfg: DatasetConfig) -> Dataset:
@@ -106,6 +118,8 @@ def explain_unreadable(files: Sequence[Path], kind: str, error: Exception) -> st
                 return f"{file.name} line {number} is not JSON ({problem})"
             if not isinstance(row, dict):
                 return f"{file.name} line {number} is not an object with the fields {', '.join(COLUMNS)}"
+    if not any(file.stat().st_size for file in files):
+        return "is empty"
     cause = error.__cause__ or error
     return f"can not be read ({' '.join(str(cause).split())[:200]})"
 

@@ -52,6 +52,8 @@ def run_tasks(answerer: "Answerer", options: argparse.Namespace) -> None:
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not tasks:
         raise SettingsError(f"--tasks={options.tasks}: name at least one task; `lm_eval ls tasks` lists all")
+    if options.include_path and not options.include_path.is_dir():
+        raise SettingsError(f"--include-path={options.include_path}: there is no such folder")
     manager = TaskManager(include_path=str(options.include_path) if options.include_path else None)
     missing = [name for name in tasks if not manager.match_tasks([name])]
     if missing:
@@ -62,7 +64,7 @@ def run_tasks(answerer: "Answerer", options: argparse.Namespace) -> None:
             found["base model"] = results_of(answerer, options, tasks, manager)
     found["with the adapter"] = results_of(answerer, options, tasks, manager)
     for name, results in found.items():
-        print(f"{name}, {answerer.name}\n{make_table(results)}")
+        print(f"{name} ({answerer.name})\n{make_table(results)}")
         if results.get("groups"):
             print(make_table(results, "groups"))
     if options.output:

@@ -41,7 +41,10 @@ def job(cfg: DictConfig) -> float:
         done = compare.read_run(folder) if going_on else None
         if done and done.status == compare.COMPLETE and not runfolder.has_more_room(folder, config, done.results):
             runfolder.check_same(folder, config)
+            ended = done.results.get("ended")
             print(f"{folder}: already complete, final loss {done.results['final_train_loss']:.4f}")
+            if ended:
+                print(f"it was ended early by {ended}; with a larger value it goes on")
             return objective(done.results)
         if not config.dry_run:
             engine.check_machine(config)

@@ -15,6 +15,7 @@ from dataset import (
     find_template,
     load_eval_rows,
     load_rows,
+    local_rows,
     partition_rows,
     partitioner_class,
     read_template,
@@ -68,6 +69,11 @@ def check_inputs(config: RunConfig) -> tuple[str, dict[str, Any]]:
         held_out = load_eval_rows(config.dataset)
         if not any(text_of(output).strip() for output in held_out["output"]):
             raise SettingsError(f"dataset.eval_name={config.dataset.eval_name}: none of its rows has an output")
+        column = config.dataset.category_column
+        if column not in ("", "category", *held_out.column_names):
+            raise SettingsError(
+                f"dataset.category_column={column}: {config.dataset.eval_name} has {', '.join(held_out.column_names)}"
+            )
         facts |= {"held_out": data_facts(held_out) | {"also_trained_on": len(shared_rows(rows, held_out))}}
     return template, facts
 
@@ -107,6 +113,8 @@ def plan(config: RunConfig, folder: Path) -> dict[str, str]:
         lines["held-out loss"] = measured
     lines |= plan_sizes(config)
     lines["checkpoints"] = describe_checkpoints(config)
+    if config.train.early_stop_rounds:
+        lines["ends early"] = f"when the held-out loss was lowest {config.train.early_stop_rounds} rounds ago"
     lines["good replies"] = (
         f"at least {config.sampling.min_replies} a round, in {config.sampling.round_retries + 1} trials"
     )
@@ -119,6 +127,8 @@ def plan(config: RunConfig, folder: Path) -> dict[str, str]:
 def describe_evaluation(config: RunConfig) -> str:
     dataset, share, parts = config.dataset, config.sampling.fraction_evaluate, []
     if dataset.eval_name:
+        if local_path(dataset.eval_name) or Path(dataset.eval_name).suffix:
+            load_eval_rows(dataset)
         parts.append(f"of {dataset.eval_name} before and after the run and every {config.evaluate.every_rounds} rounds")
     if share:
         count = max(1, share_of(config.num_clients, share))
@@ -137,7 +147,7 @@ def describe_checkpoints(config: RunConfig) -> str:
 
 def describe_data(config: RunConfig) -> str:
     kind = partitioner_class(config.dataset).__name__
-    if local_path(config.dataset.name) is None:
+    if local_rows(config.dataset.name) is None:
         return f"{config.dataset.name} ({kind}); number of rows {UNKNOWN}"
     rows = load_rows(config.dataset)
     partition_rows(rows, config.dataset, config.num_clients, config.seed)

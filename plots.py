@@ -42,7 +42,9 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
         axes.plot(list(held_out), list(held_out.values()), color=COLOURS[1], linewidth=2, marker="s", label="held out")
         best = min(held_out, key=held_out.__getitem__)
         label = f"{held_out[best]:.3f}"
-        axes.annotate(label, (best, held_out[best]), (0, 6), textcoords="offset points", ha="center")
+        axes.annotate(
+            label, (best, held_out[best]), (0, 7), textcoords="offset points", ha="left" if best == 0 else "center"
+        )
     axes.set(title=title.replace("$", r"\$"), xlabel="Round", ylabel="Loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
@@ -107,14 +109,14 @@ def plot_baselines(losses: Mapping[str, Mapping[str, Sequence[float]]], path: Pa
         places = [group + (number - (len(arms) - 1) / 2) * width for group in range(len(losses))]
         found = [list(group.get(arm, ())) for group in losses.values()]
         means = [statistics.mean(each) if each else 0.0 for each in found]
-        bars = axes.bar(places, means, 0.92 * width, color=COLOURS[number], alpha=0.85, label=arm)
-        axes.bar_label(
-            bars, [f"{mean:.3f}" if each else "" for mean, each in zip(means, found, strict=True)], padding=4
-        )
+        axes.bar(places, means, 0.92 * width, color=COLOURS[number], alpha=0.85, label=arm)
         for place, each in zip(places, found, strict=True):
             axes.plot([place] * len(each), each, "o", color="black", markersize=3, alpha=0.7)
+            if each:  # above bar and dots
+                above = (place, max(each)), (0, 5)
+                axes.annotate(f"{statistics.mean(each):.3f}", *above, textcoords="offset points", ha="center")
     axes.set(ylabel="Held-out loss (lower is better)")
-    axes.set_xticks(range(len(losses)), list(losses))
+    axes.set_xticks(range(len(losses)), ["\n".join(textwrap.wrap(name, 30)).replace("$", r"\$") for name in losses])
     tidy(axes)
     figure.legend(loc="outside upper center", ncols=max(1, len(arms)), frameon=False)
     figure.savefig(path)

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a live line on a terminal, a plain line a round elsewhere."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,12 +79,14 @@ def summary_line(summary: Mapping[str, Any]) -> str:
     """The end of a run in one line, from what results.json holds."""
     traffic = bytes_text(summary["bytes_down"] + summary["bytes_up"])
     line = (
-        f"final loss {summary['final_train_loss']:.4f} after {summary['rounds']} rounds "
+        f"final loss {summary['final_train_loss']:.4f} after {summary['rounds']} round{'s'[: summary['rounds'] - 1]} "
         f"in {seconds_text(summary['seconds'])}, {traffic} transferred"
     )
     if "held_out_loss" in summary:
         before = "" if summary["held_out_loss_before"] is None else f"{summary['held_out_loss_before']:.4f} before, "
         line += f"\nheld-out loss {before}{summary['held_out_loss']:.4f} after"
-        if summary["best_held_out_loss"] < summary["held_out_loss"]:
+        if summary["best_held_out_loss"] >= (summary["held_out_loss_before"] or math.inf):
+            line += ": no round was better than the base model"
+        elif summary["best_held_out_loss"] < summary["held_out_loss"]:
             line += f", lowest after round {summary['best_round']}: {summary['best_held_out_loss']:.4f}"
     return line + (f"\nended early by {summary['ended']}" if summary["ended"] else "")

@@ -45,11 +45,12 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float
         template, data = plan.check_inputs(config)  # while the workers load the base model
         runfolder.check_data(folder, data)
         progress = stack.enter_context(RunProgress(config.num_rounds, console, tracker))
-        if shared := data.get("held_out", {}).get("also_trained_on"):
-            progress.warn(
-                f"dataset.eval_name: {shared} of its rows are in dataset.name too: its loss will look too good"
-            )
+        if shared := data.get("held_out", {}).get("also_trained_on", 0):
+            message = f"dataset.eval_name: {shared} of its rows are trained on too: they are in dataset.name as well"
+            logging.getLogger(__name__).warning(message)
+            progress.warn(message)
         federation = Federation(config, folder, template, progress)
+        federation.facts["held_out_rows_trained_on"] = shared
         try:
             if going_on:
                 federation.restore()

@@ -156,6 +156,7 @@ class Federation:
         self.saved = 0  # round of the newest checkpoint
         self.waited_s = 0.0  # until the first round
         self.clients: Clients  # from the start of `run` on
+        self.facts: dict[str, Any] = {}  # more for results.json
         self.norms: dict[int, float] = {}  # by partition id: sizes of this round's good updates
         self.payload_bytes = transfer.payload_bytes(self.shapes, config.transfer)
         self.before: dict[str, Any] = {}  # what the held-out rows said before the first round
@@ -300,8 +301,8 @@ class Federation:
     def budget_left(self) -> float:
         """Bytes of `strategy.max_bytes` that no round has used so far."""
         most = self.config.sampling.max_bytes
-        spent = sum(line["bytes_down"] + line["bytes_up"] for line in self.metrics) + sum(self.clients.traffic.values())
-        return float("inf") if most is None else most - spent
+        spent = sum(line["bytes_down"] + line["bytes_up"] for line in self.metrics)
+        return float("inf") if most is None else most - spent - sum(self.clients.traffic.values())
 
     def collect(self, round_number: int, learning_rate: float) -> tuple[list[tuple[int, Message]], dict[int, str], int]:
         """Let clients train until `min_replies` replies are good; returns these by client, and what was dropped.
@@ -599,6 +600,9 @@ class Federation:
             )
         self.state = state or self.state
         self.saved, self.metrics = self.state.round_number, metrics[: self.state.round_number]
+        most, sent = self.config.sampling.max_bytes, totals_so_far(self.metrics)
+        if most is not None and sent and (spent := sent["bytes_down"] + sent["bytes_up"]) > most:
+            raise SettingsError(f"strategy.max_bytes={most:.10g}: this run has sent {spent} bytes already; use more")
         with self.writing():
             for number in rounds_in(self.folder):
                 if number > self.saved:  # of rounds whose metrics are lost: they are done again
@@ -634,6 +638,7 @@ class Federation:
             "server_peak_memory_bytes": self.metrics[-1]["server_peak_memory_bytes"],
             "seconds": round(self.state.elapsed_s + self.waited_s, 3),
             "ended": ended,
+            **self.facts,
             "adapter": folder.name,
             "adapter_sha256": file_sha256(folder / adapters.ADAPTER_FILE),
         }

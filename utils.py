@@ -106,9 +106,9 @@ def quiet_transformers() -> None:
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
     transformers.logging.disable_progress_bar()
-    hub = logging.getLogger("huggingface_hub")
-    hub.handlers.clear()
-    hub.propagate = True
+    for name in ("huggingface_hub", "datasets"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
