@@ -120,7 +120,7 @@ class Worker:
             if kept is None:
                 rows = self.raw_rows(partition_id)
                 kept = tokenize_rows(rows, self.tokenizer, self.template, self.config.train.seq_length)
-                self.counts["tokenizations"] += 1
+                self.counts["tokenizations"] += partition_id != GLOBAL_SET
                 if file:
                     save_partition(kept, file)
             self.partitions[partition_id] = kept

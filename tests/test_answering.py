@@ -323,9 +323,14 @@ def test_lm_eval_gives_the_log_likelihoods_of_our_own_loss(run_folder, eval_file
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks=nosuch"], "--tasks=nosuch: there is no nosuch; `lm_eval ls tasks` lists all"),
+        pytest.param(
+            ["--tasks=nosuch"],
+            "--tasks=nosuch: there is no nosuch; `lm_eval ls tasks` lists all",
+            marks=pytest.mark.slow,
+        ),
+        (["--tasks=x", "--include-path=/nosuch"], "--include-path=/nosuch: there is no such folder"),
         (["--tasks=,"], "--tasks=,: name at least one task; `lm_eval ls tasks` lists all"),
-        (["--evaluate=nosuch.jsonl"], "--evaluate=nosuch.jsonl: no local file or folder"),
+        (["--evaluate=nosuch.jsonl"], "--evaluate=nosuch.jsonl: there is no such file or folder"),
         (["--evaluate=x", "--answers=-1"], "--answers=-1: use a number from 0"),
         (["--question=x", "--output=y"], "--output=y: goes with --questions, --evaluate or --tasks"),
         (["--tasks=x", "--evaluate=y"], "use one of --question, --chat, --questions, --evaluate, --tasks and --merge"),

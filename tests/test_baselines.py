@@ -119,10 +119,13 @@ def test_table_and_picture_equal_hand_arithmetic(sweep):
 
 def test_unequal_effort_is_told_and_what_differs_gets_its_own_lines(sweep):
     arm(sweep, 6, "null", 0, 0.4, 0.4, before=2.0, steps=5, partitioner="dirichlet")
-    (sweep / "7").mkdir()
+    arm(sweep, 7, "central", 0, 0.3, 0.4, steps=5, partitioner="dirichlet")
+    arm(sweep, 8, "null", 0, 0.4, 0.4, before=2.0, partitioner="nothing to compare with")
+    (sweep / "9").mkdir()
     text = baselines.report(find_runs([sweep]), sweep)
     assert "partitioner=iid | held-out loss" in text
-    assert "partitioner=dirichlet | held-out loss | 2.000 |  | 0.400 |  |  |" in text
+    assert "partitioner=dirichlet | held-out loss | 2.000 |  | 0.400 | 0.300 | 1.33 |" in text
+    assert "nothing to compare" not in text
     assert "Warning: the models were not trained equally: steps and rows of 5 and 40, 6 and 48." in text
 
 

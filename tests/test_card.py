@@ -107,7 +107,7 @@ def test_card_without_measurements_says_nothing_about_them(tmp_path):
     assert "nobody trained on" not in card.text
 
 
-@pytest.mark.parametrize("quantization", ["4", "8", "none"])
+@pytest.mark.parametrize("quantization", ["4", *(pytest.param(q, marks=pytest.mark.slow) for q in ("8", "none"))])
 def test_code_of_the_card_runs(quantization, tmp_path, monkeypatch, capsys):
     config = small(f"model.quantization={quantization}")
     lora = adapters.lora_config(config.model)

@@ -18,7 +18,7 @@ from utils import append_json_line, read_json_lines, write_json
 
 SUITE = Path(__file__).parent.parent
 TINY = [
-    "experiment=quickstart", "num_clients=2", "num_rounds=1", "strategy.fraction_fit=0.5",
+    "experiment=quickstart", "dataset.eval_name=null", "num_clients=2", "num_rounds=1", "strategy.fraction_fit=0.5",
     "train.training_arguments.max_steps=1", "train.training_arguments.per_device_train_batch_size=2",
     "train.micro_batch_size=2",
 ]  # fmt: skip
@@ -81,7 +81,7 @@ def test_runs_of_one_name_and_settings_of_one_ending_stay_apart(tmp_path):
 
 
 def test_folder_of_another_run_keeps_its_own_settings_and_results(tmp_path, capsys):
-    fast = ["experiment=quickstart", *TINY[1:], f"hydra.run.dir={tmp_path}"]
+    fast = [*TINY, f"hydra.run.dir={tmp_path}"]
     assert call_main(*fast, "seed=1") == 0
     before = compare.read_run(tmp_path)
     assert call_main(*fast, "seed=2") == 2
@@ -174,7 +174,7 @@ def test_sweep_goes_on_behind_a_failing_job_and_leaves_nothing_behind(tmp_path, 
         ("/no/such/file.jsonl", "1", "failed"),
         ("/no/such/file.jsonl", "2", "failed"),
     ]
-    assert "dataset.name=/no/such/file.jsonl: no local file or folder" in rows[2]["error"]
+    assert "dataset.name=/no/such/file.jsonl: there is no such file or folder" in rows[2]["error"]
     assert f"sweep: 2 of 4 runs complete; see {tmp_path / 'sweep.md'}" in lines[-1]
     assert list((tmp_path / "0").glob("events.out.tfevents.*"))
 
@@ -194,7 +194,7 @@ def command(pid: int) -> str:
 
 
 EIGHT = [
-    "--multirun", "experiment=quickstart", "num_rounds=2", "train.training_arguments.max_steps=4",
+    "--multirun", "experiment=quickstart", "dataset.eval_name=null", "num_rounds=2", "train.training_arguments.max_steps=4",
     "model.quantization=8,4", "strategy.fraction_fit=0.1,0.2", "seed=1,2",
 ]  # fmt: skip
 

@@ -23,8 +23,13 @@ from tests.conftest import children
 from utils import SUITE_FOLDER, read_json_lines
 
 BIN = Path(sys.executable).parent
-QUICKSTART = ["experiment=quickstart", "num_rounds=4", "train.training_arguments.max_steps=40"]
-RUN = ["experiment=quickstart", "num_rounds=3", "train.training_arguments.max_steps=2"]
+QUICKSTART = [
+    "experiment=quickstart",
+    "dataset.eval_name=null",
+    "num_rounds=4",
+    "train.training_arguments.max_steps=40",
+]
+RUN = ["experiment=quickstart", "evaluate.answers=2", "num_rounds=3", "train.training_arguments.max_steps=2"]
 POLLING_S = 6.0  # Flower's: the SuperNode asks for messages, and the server for replies
 
 

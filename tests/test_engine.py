@@ -101,7 +101,14 @@ def test_room_on_a_ray_node_counts_cores_and_gpus():
 
 
 def start_run(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "main.py", "experiment=quickstart", f"hydra.run.dir={folder}", *overrides]
+    command = [
+        sys.executable,
+        "main.py",
+        "experiment=quickstart",
+        "dataset.eval_name=null",
+        f"hydra.run.dir={folder}",
+        *overrides,
+    ]
     return subprocess.Popen(
         command, cwd=SUITE, env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

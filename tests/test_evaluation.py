@@ -203,7 +203,7 @@ def few(tmp_path_factory):
     return f"dataset.eval_name={file}"
 
 
-@pytest.mark.parametrize("quantization", ["4", "none"])
+@pytest.mark.parametrize("quantization", ["4", pytest.param("none", marks=pytest.mark.slow)])
 def test_run_is_bit_identical_with_and_without_evaluation(quantization, few, tmp_path):
     same = [
         "dataset.holdout=0.1", "model.lora.lora_dropout=0.2", f"model.quantization={quantization}", "num_rounds=2"

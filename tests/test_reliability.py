@@ -508,7 +508,7 @@ def test_guard_works_with_every_strategy(name, tmp_path):
     if name == "a strategy around another":
         config.strategy["num_sampled_clients"] = 7
     federation = play(config, tmp_path, Clients(config, bad))
-    assert [list(record["dropped"]) for record in federation.progress.rounds] == [[1], [1]]
+    assert {tuple(record["dropped"]) for record in federation.progress.rounds} == {(1,)}
     assert all(np.isfinite(value).all() for value in federation.state.adapter.values())
 
 
@@ -669,7 +669,7 @@ def test_gpu_out_of_memory_is_named_with_what_helps_most_first(tmp_path, monkeyp
 
 def test_advice_is_ordered_by_what_it_saves():
     config = small("client_resources.num_gpus=0.5", "model.quantization=8", "train.micro_batch_size=4")
-    size = memory.Sizes(6_500_000_000, 260_000_000, 16_000_000, 0, 32, 4096, 11008, 32000)
+    size = memory.Sizes(6_500_000_000, 260_000_000, 16_000_000, 0, 0, 32, 4096, 11008, 32000)
     now = memory.memory_bytes(size, config)
     assert now > memory.memory_bytes(size, small("model.quantization=4")) > 0
     text = memory.advice(config)
@@ -756,7 +756,8 @@ def test_folder_that_can_not_be_written_is_refused(capsys):
 # --- signals and SIGKILL, on real processes -------------------------------------------------------
 
 SHORT = [
-    "experiment=quickstart", "num_clients=4", "strategy.fraction_fit=0.5", "train.training_arguments.max_steps=3",
+    "experiment=quickstart", "dataset.eval_name=null", "num_clients=4", "strategy.fraction_fit=0.5",
+    "train.training_arguments.max_steps=3",
     "num_rounds=8", "train.save_every_round=3",
 ]  # fmt: skip
 
