@@ -194,7 +194,8 @@ def command(pid: int) -> str:
 
 
 EIGHT = [
-    "--multirun", "experiment=quickstart", "dataset.eval_name=null", "num_rounds=2", "train.training_arguments.max_steps=4",
+    "--multirun", "experiment=quickstart", "dataset.eval_name=null", "num_rounds=2",
+    "train.training_arguments.max_steps=4",
     "model.quantization=8,4", "strategy.fraction_fit=0.1,0.2", "seed=1,2",
 ]  # fmt: skip
 
