@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import absl.logging
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -25,6 +26,9 @@ from guard import REPORT
 from strategy import Federation
 from transfer import decode, encode, to_record
 from utils import file_sha256, read_json_lines, seed_of
+
+# rouge-score brings absl, whose log handler closes its stream when Hydra sets logging up: let it not be pytest's
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 SMALL = [
     "experiment=quickstart",
