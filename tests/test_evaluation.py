@@ -177,7 +177,7 @@ def test_held_out_rows_never_reach_training(tmp_path, monkeypatch):
     monkeypatch.setattr(client, "fine_tune", watched)
     config = small(
         f"dataset.name={file}", "dataset.holdout=0.2", "strategy.fraction_evaluate=1.0", "strategy.fraction_fit=1.0",
-        "num_rounds=4",
+        "num_rounds=1", "train.training_arguments.max_steps=5",
     )  # fmt: skip
     federation, _ = run_locally(config, tmp_path / "run")
     worker = Worker(config)
