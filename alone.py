@@ -14,7 +14,7 @@ from transfer import to_record
 class Alone(FedAvg):
     """Every client goes on with the adapter that it returned last, and evaluates that one: no federation.
 
-    What it aggregates, and so every checkpoint, is the plain average of all; nobody trains on it.
+    What it aggregates, and so every checkpoint, is FedAvg's average of all; nobody trains on it.
     """
 
     def __init__(self, **arguments: Any) -> None:

@@ -196,6 +196,11 @@ class RunConfig:
         """Clients that train in a round."""
         return share_of(self.num_clients, self.sampling.fraction_fit)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether anything is evaluated on held-out rows."""
+        return bool(self.dataset.eval_name or self.sampling.fraction_evaluate)
+
     def evaluators_after(self, round_number: int) -> int:
         """Clients that evaluate on `dataset.eval_name`: any one, or each what it trained alone."""
         return self.num_clients if self.baseline == "alone" and round_number else 1
@@ -279,12 +284,21 @@ def check_together(config: RunConfig) -> None:
             f"strategy.min_replies={sampling.min_replies}: a round has {config.clients_per_round} clients "
             "(num_clients x strategy.fraction_fit); use at most that, or a larger strategy.fraction_fit"
         )
+    check_measured(config)
+    for key, section in (("strategy", config.strategy), ("dataset.partitioner", config.dataset.partitioner)):
+        if not isinstance(section.get("_target_"), str):
+            raise SettingsError(f"{key}._target_={section.get('_target_')}: use the import path of a class")
+
+
+def check_measured(config: RunConfig) -> None:
+    """Rules about held-out rows, and what follows from them."""
+    train, sampling = config.train, config.sampling
     if sampling.fraction_evaluate and not share_of(config.num_clients, sampling.fraction_evaluate):
         raise SettingsError(
             f"strategy.fraction_evaluate={sampling.fraction_evaluate}: selects none of "
             f"num_clients={config.num_clients}; use 0, or at least {1 / config.num_clients:g}"
         )
-    if train.early_stop_rounds and not (config.dataset.eval_name or sampling.fraction_evaluate):
+    if train.early_stop_rounds and not config.is_measured:
         raise SettingsError(
             f"train.early_stop_rounds={train.early_stop_rounds}: nothing is held out to measure; set "
             "dataset.eval_name, or strategy.fraction_evaluate"
@@ -299,9 +313,6 @@ def check_together(config: RunConfig) -> None:
             f"strategy.fraction_evaluate={sampling.fraction_evaluate}: clients have no rows to evaluate on; "
             "set dataset.holdout, for example 0.05"
         )
-    for key, section in (("strategy", config.strategy), ("dataset.partitioner", config.dataset.partitioner)):
-        if not isinstance(section.get("_target_"), str):
-            raise SettingsError(f"{key}._target_={section.get('_target_')}: use the import path of a class")
 
 
 def check_budget(config: RunConfig, payload_bytes: int, once_bytes: int) -> None:

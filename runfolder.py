@@ -175,8 +175,7 @@ def check_same(folder: Path, config: RunConfig) -> None:
         raise SettingsError(
             f"hydra.run.dir={folder}: holds the results of another run; choose another folder, or resume={folder}"
         )
-    now, before = json.loads(json.dumps(asdict(config))), read_settings(folder)["settings"]
-    for key, (old, new) in differences(before, now).items():
+    for key, (old, new) in changed_settings(folder, config).items():
         if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
             raise SettingsError(
                 f"{key}={new}: the run in {folder} has {key}={old}; to go on with it, only these may change: "
@@ -186,8 +185,12 @@ def check_same(folder: Path, config: RunConfig) -> None:
 
 def has_more_room(folder: Path, config: RunConfig, results: Mapping[str, Any]) -> bool:
     """Whether the complete run in `folder` was ended early by a setting that is another one in `config`."""
-    now, before = json.loads(json.dumps(asdict(config))), read_settings(folder)["settings"]
-    return str(results.get("ended")).partition("=")[0] in differences(before, now)
+    return str(results.get("ended")).partition("=")[0] in changed_settings(folder, config)
+
+
+def changed_settings(folder: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings of the run in `folder` that `config` has otherwise: before and now."""
+    return differences(read_settings(folder)["settings"], json.loads(json.dumps(asdict(config))))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
