@@ -1,32 +1,48 @@
 """Find a trained adapter, load it into its base model, and answer or be measured with the prompt of its training."""
 
 import argparse
+import copy
+import functools
+import hashlib
 import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, TextStreamer, set_seed
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedConfig, TextStreamer, set_seed
 
 import model as adapters
 from config import DatasetConfig, ModelConfig, SettingsError
-from dataset import as_message, encode_prompt, find_template, load_rows, tokenize_rows
+from dataset import as_message, encode_prompt, find_template, load_rows, on_one_day, own_template, tokenize_rows
 from evaluation import HeldOut, figures, generate, held_out, score
 from runfolder import folder_of, rounds_in
-from utils import DIGESTS_FILE, quiet_transformers, torn_files, write_json
+from utils import DIGESTS_FILE, file_sha256, local_path, quiet_transformers, shortened, torn_files, write_json
 
 RUN_FOLDER_LOOK = (
     "a run folder holds peft_<round>/ folders, each with adapter_config.json and adapter_model.safetensors"
 )
+PREFIX = "base_model.model."  # of the names in an adapter, before the base model's own
+PICKLED_FILE = "adapter_model.bin"  # as older versions of PEFT wrote it
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+OPTIONS = {  # what a setting is called here
+    "model.quantization": "--quantization",
+    "model.trust_remote_code=true": "--trust-remote-code",
+    "dataset.template": "--template",
+}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,30 +51,30 @@ def run(options: argparse.Namespace) -> None:
     if options.tasks:
         from harness import run_tasks  # of an optional package: it may be missing
     questions = read_questions(options.questions) if options.questions else []
-    done = kept_answers(options.output, questions) if options.questions else 0
     checkpoint = find_checkpoint(options.peft_path)
     if options.merge:
         return merge(checkpoint, options)
-    set_seed(options.seed)
     answerer = Answerer(checkpoint, options)
     if options.evaluate:
         return evaluate(answerer, options)
     if options.tasks:
         return run_tasks(answerer, options)
     if options.questions:
-        return answer_all(answerer, options, questions, done)
+        return answer_all(answerer, options, questions, kept_answers(options.output, questions, answerer.made_by))
     return chat(answerer) if options.chat else ask(answerer, options)
 
 
-# --- find and load --------------------------------------------------------------------------------
+# --- find the adapter -----------------------------------------------------------------------------
 
 
 def find_checkpoint(name: str) -> Path:
     """The adapter folder that `--peft-path` means: itself, or the last checkpoint of a run folder."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(name))  # noqa: PTH111  Path's own raises for the home of nobody
+    if os.path.isfile(folder):
+        raise SettingsError(f"--peft-path={name}: is a file; name the folder in which the adapter lies")
+    if not os.path.isdir(folder):
         raise SettingsError(f"--peft-path={name}: no such folder; {RUN_FOLDER_LOOK}")
-    if (folder / adapters.ADAPTER_CONFIG_FILE).is_file():
+    if os.path.isfile(folder / adapters.ADAPTER_CONFIG_FILE):
         return whole(folder)
     rounds = rounds_in(folder)
     if not rounds:
@@ -73,66 +89,322 @@ def whole(checkpoint: Path) -> Path:
     return checkpoint
 
 
+def read_object(checkpoint: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of the adapter's folder."""
+    try:
+        content = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        error: Exception = ValueError(f"it holds a {type(content).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as raised:
+        error = raised
+    raise SettingsError(f"--peft-path={checkpoint}: {name} cannot be read ({error}); copy the adapter again") from error
+
+
 def base_settings(checkpoint: Path, quantization: str | None, trust: bool = False) -> ModelConfig:
     """The base model of an adapter, quantized as in training; unquantized if the adapter came from elsewhere."""
-    try:
-        saved = json.loads((checkpoint / adapters.ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
-        name = saved["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingsError(f"--peft-path={checkpoint}: adapter_config.json is broken ({error!r})") from error
-    state = checkpoint / "state.json"
-    try:
-        trained = json.loads(state.read_text(encoding="utf-8")).get("quantization") if state.is_file() else None
-    except ValueError as error:
+    saved = read_object(checkpoint, adapters.ADAPTER_CONFIG_FILE)
+    name, revision = saved.get("base_model_name_or_path"), saved.get("revision")
+    where = f"--peft-path={checkpoint}: adapter_config.json has"
+    if not isinstance(name, str) or not name:
         raise SettingsError(
-            f"--peft-path={checkpoint}: state.json is broken; choose --quantization and remove it"
-        ) from error
-    return ModelConfig(
-        name=str(name), quantization=quantization or trained or "none", trust_remote_code=trust, cache_folder=None
-    )
+            f"{where} base_model_name_or_path={name}; put the name or the folder of the base model there"
+        )
+    base = find_base(name, checkpoint)
+    if revision not in (None, "", "main") and not local_path(base):
+        raise SettingsError(
+            f"{where} revision={revision}; download that one, and name its folder as the base model there"
+        )
+    state = read_object(checkpoint, "state.json") if os.path.isfile(checkpoint / "state.json") else {}
+    chosen = quantization or state.get("quantization") or "none"
+    if chosen not in ("4", "8", "none"):
+        raise SettingsError(f"--peft-path={checkpoint}: state.json has quantization={chosen}; set --quantization")
+    return ModelConfig(name=base, quantization=chosen, trust_remote_code=trust, cache_folder=None)
 
 
-def check_shapes(cfg: ModelConfig, checkpoint: Path) -> None:
-    """Raise SettingsError, before any weights are loaded, if the adapter does not fit the base model."""
-    lora = LoraConfig.from_pretrained(str(checkpoint))
-    lora.inference_mode = False  # so that the adapter counts as trainable, and is listed
-    expected = adapters.adapter_shapes(adapters.read_config(cfg), lora)
-    try:
-        with safe_open(checkpoint / adapters.ADAPTER_FILE, framework="np") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # a missing or torn file
-        raise SettingsError(f"--peft-path={checkpoint}: {adapters.ADAPTER_FILE} can not be read ({error})") from error
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+def find_base(name: str, checkpoint: Path) -> str:
+    """What `base_model_name_or_path` means: a folder as seen from here, else from the adapter, else a Hub id."""
+    if local_path(name):
+        return name
+    here = checkpoint.absolute()
+    return next((str(place / name) for place in (here, here.parent) if os.path.isdir(place / name)), name)
+
+
+def read_lora(checkpoint: Path) -> LoraConfig:
+    """The adapter's settings. Raises SettingsError for other methods than LoRA, and for what this PEFT cannot do."""
+    saved = read_object(checkpoint, adapters.ADAPTER_CONFIG_FILE)
+    where = f"--peft-path={checkpoint}: adapter_config.json has"
+    for key, allowed in (("peft_type", ["LORA"]), ("task_type", ["CAUSAL_LM", None])):
+        if saved.get(key) not in allowed:
             raise SettingsError(
-                f"--peft-path={checkpoint}: does not fit the base model {cfg.name}: {name} is {found.get(name)}, "
+                f"{where} {key}={saved.get(key)}; only {allowed[0]} can be loaded: name another adapter"
+            )
+    known = {field.name for field in fields(LoraConfig) if field.init}
+    for key in sorted(saved.keys() - known):
+        if saved[key]:  # what is off has no effect
+            raise SettingsError(
+                f"{where} {key}={shortened(saved[key], 60)}, which PEFT {peft.__version__} does not know: another "
+                "version saved it; save it with this one, or remove the field if the adapter works without"
+            )
+    try:
+        return LoraConfig(**{key: value for key, value in saved.items() if key in known - {"runtime_config"}})
+    except Exception as error:  # a field may hold anything
+        raise SettingsError(f"{where} impossible settings ({shortened(error, 200)})") from error
+
+
+# --- what is known before any weights are loaded --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """An adapter, and the base model and tokenizer that it is for."""
+
+    checkpoint: Path
+    cfg: ModelConfig
+    lora: LoraConfig
+    tokenizer: Any
+    rows: int | None
+    """Of the embeddings, if the adapter was trained with more or fewer tokens than the base model has."""
+
+    def load(self, base: Any) -> Any:
+        """The adapter in the loaded `base`, which is changed. Raises SettingsError if PEFT cannot do it."""
+        try:
+            if self.rows:
+                resize(base, self.rows)
+            model = PeftModel.from_pretrained(base, str(self.checkpoint), config=self.lora)
+            return adapters.fit_saved_modules(model).eval()
+        except Exception as error:  # whatever a version of PEFT makes of another's file
+            raise SettingsError(
+                f"--peft-path={self.checkpoint}: PEFT cannot put it into {self.cfg.name} with quantization "
+                f"{self.cfg.quantization} ({shortened(error, 200)})"
+            ) from error
+
+
+def find_tuned(checkpoint: Path, options: argparse.Namespace, merging: bool = False) -> Tuned:
+    """Read and check an adapter, its base model's shapes and its tokenizer, before any weights are loaded.
+
+    Args:
+        merging: the base model is wanted unquantized; one that is stored quantized as it is stored.
+    """
+    lora, cfg = read_lora(checkpoint), base_settings(checkpoint, options.quantization, options.trust_remote_code)
+    shapes = tensor_shapes(checkpoint)
+    with told_of(checkpoint):
+        stored = adapters.stored_bits(cfg.name, adapters.described(cfg, adapters.base_folder(cfg)))
+        if merging or (stored and not options.quantization):
+            cfg.quantization = stored or "none"
+        base = adapters.read_config(cfg)
+        is_own = any(os.path.exists(checkpoint / name) for name in TOKENIZER_FILES)
+        tokenizer = read_own_tokenizer(checkpoint, base) if is_own else adapters.read_tokenizer(cfg)
+        known, embeddings = base.get_text_config().vocab_size, embedding_names(base)
+        rows = rows_needed(shapes, embeddings, known, tokenizer, is_own)
+        adapters.check_tokenizer(str(checkpoint), tokenizer, rows)
+        base.get_text_config().vocab_size = rows
+        lora = with_embeddings(lora, shapes, embeddings)
+        check_shapes(cfg, shapes, expected_shapes(base, lora), embeddings)
+    return Tuned(checkpoint, cfg, lora, tokenizer, rows if rows != known else None)
+
+
+@contextmanager
+def told_of(checkpoint: Path) -> Iterator[None]:
+    """Let errors about settings speak of the adapter that has them, and of the options of test.py."""
+    try:
+        yield
+    except SettingsError as error:
+        words = str(error).replace(f"model.name={checkpoint}: ", "")
+        for setting, option in OPTIONS.items():
+            words = words.replace(setting, option)
+        mark = f"--peft-path={checkpoint}: "
+        raise SettingsError(words if words.startswith(mark) else mark + words) from error
+
+
+def read_tensors(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The adapter's tensors with their names. A pickle is read as data only: it cannot run code."""
+    if os.path.exists(checkpoint / adapters.ADAPTER_FILE):  # in the order in which PEFT looks for them
+        with safe_open(checkpoint / adapters.ADAPTER_FILE, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+    else:
+        yield from torch.load(checkpoint / PICKLED_FILE, map_location="cpu", weights_only=True).items()
+
+
+def tensor_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the adapter's tensors. Raises SettingsError if they cannot be read, or are not finite."""
+    names = [name for name in (adapters.ADAPTER_FILE, PICKLED_FILE) if os.path.exists(checkpoint / name)]
+    if not names:
+        raise SettingsError(
+            f"--peft-path={checkpoint}: has no {adapters.ADAPTER_FILE} (or {PICKLED_FILE}); copy the adapter again"
+        )
+    shapes = {}
+    try:
+        for name, tensor in read_tensors(checkpoint):
+            if not torch.isfinite(tensor.float()).all():
+                raise ValueError(f"{name} is not finite: its training diverged")
+            shapes[name] = tuple(tensor.shape)
+    except pickle.UnpicklingError as error:
+        raise SettingsError(
+            f"--peft-path={checkpoint}: {names[0]} is damaged, or holds more than tensors and could run code; "
+            "copy the adapter again, or save it as safetensors where you trust it"
+        ) from error
+    except Exception as error:  # a torn file can raise anything
+        raise SettingsError(
+            f"--peft-path={checkpoint}: {names[0]} cannot be read ({shortened(error, 200)}); copy the adapter again"
+        ) from error
+    return shapes
+
+
+def read_own_tokenizer(checkpoint: Path, base: PreTrainedConfig) -> Any:
+    """The tokenizer that lies with the adapter. Raises SettingsError if it does not load, or has no EOS."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    except Exception as error:  # its files may hold anything
+        raise SettingsError(
+            f"--peft-path={checkpoint}: the tokenizer in this folder cannot be loaded ({shortened(error, 200)}); "
+            f"remove {', '.join(TOKENIZER_FILES)} to use the base model's"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise SettingsError(f"--peft-path={checkpoint}: the tokenizer in this folder has no eos_token")
+    tokenizer.name_or_path = base.name_or_path  # where `end_ids` finds what else ends an answer of this model
+    return tokenizer
+
+
+def embedding_names(base: PreTrainedConfig) -> list[str]:
+    """The modules with a row for each token: input and output embeddings."""
+    empty = adapters.empty_model(base)
+    layers = (empty.get_input_embeddings(), empty.get_output_embeddings())
+    return [name for name, module in empty.named_modules() if any(module is layer for layer in layers)]
+
+
+def is_whole(name: str, embeddings: Sequence[str]) -> bool:
+    """Whether a tensor of an adapter is a whole weight of one of the `embeddings`, in or without a wrapper of PEFT."""
+    inside = any(name.startswith(f"{PREFIX}{embedding}.") for embedding in embeddings)
+    return inside and name.endswith((".weight", ".bias")) and "lora_" not in name
+
+
+def rows_needed(
+    shapes: Mapping[str, tuple[int, ...]], embeddings: Sequence[str], known: int, tokenizer: Any, is_own: bool
+) -> int:
+    """Rows of the embeddings that the adapter was trained with.
+
+    Args:
+        known: rows that the base model has.
+        is_own: whether `tokenizer` is the adapter's own; it may have more tokens than the base model.
+    """
+    saved = {shape[0] for name, shape in shapes.items() if is_whole(name, embeddings) and shape}
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if not saved:
+        return max(known, tokens) if is_own else known
+    rows = max(saved)
+    if len(saved) > 1 or (tokens > rows and (is_own or rows < known)):
+        raise SettingsError(
+            f"its embeddings have {' and '.join(map(str, sorted(saved)))} rows, its tokenizer {tokens} tokens; copy "
+            "the adapter again, with the tokenizer that it was trained with"
+        )
+    return rows
+
+
+def with_embeddings(lora: LoraConfig, shapes: Mapping[str, Any], embeddings: Sequence[str]) -> LoraConfig:
+    """`lora` with saved embeddings as modules of the adapter, so that the base model's own stay beside them."""
+    listed = list(lora.modules_to_save or [])
+    saved = [name for name in embeddings if f"{PREFIX}{name}.weight" in shapes]
+    lora.modules_to_save = [*listed, *(name for name in saved if not name.endswith(tuple(listed)))] or None
+    return lora
+
+
+def expected_shapes(base: PreTrainedConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """What PEFT saves of an adapter with these settings. Raises SettingsError if it cannot make one in this model."""
+    chosen = copy.deepcopy(lora)
+    chosen.init_lora_weights = True  # others, such as PiSSA, need the weights
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(adapters.empty_model(base), chosen)
+        saved = get_peft_model_state_dict(model, model.state_dict(), save_embedding_layers=False)
+    except Exception as error:  # a field may hold anything
+        raise SettingsError(f"adapter_config.json does not fit the base model ({shortened(error, 200)})") from error
+    return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+
+
+def check_shapes(
+    cfg: ModelConfig,
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    embeddings: Sequence[str],
+) -> None:
+    """Raise SettingsError if the adapter does not fit the base model."""
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name) and not (name not in expected and is_whole(name, embeddings)):
+            raise SettingsError(
+                f"does not fit the base model {cfg.name}: {name} is {found.get(name)}, "
                 f"the base model needs {expected.get(name)}"
             )
 
 
 def choose_template(name: str | None, checkpoint: Path, tokenizer: Any) -> str:
     """The chat template: the one asked for, else the adapter's own, else the tokenizer's, else Alpaca's."""
-    saved = checkpoint / adapters.TEMPLATE_FILE
-    if name is None and saved.is_file():
-        return saved.read_text(encoding="utf-8")
-    if name is None and isinstance(tokenizer.chat_template, str):
-        return tokenizer.chat_template
+    file = checkpoint / adapters.TEMPLATE_FILE
     try:
-        return find_template(name or "alpaca").read_text(encoding="utf-8")
+        if name is not None or not os.path.exists(file):
+            own = own_template(tokenizer) if name is None else None
+            if own is not None:
+                return own
+            file = find_template(name or "alpaca")
+        return on_one_day(file.read_text(encoding="utf-8"))
     except SettingsError as error:
-        raise SettingsError(str(error).replace("dataset.template", "--template").replace(", tokenizer", "")) from error
+        words = str(error).replace("dataset.template=tokenizer", "--template").replace(", tokenizer", "")
+        raise SettingsError(words.replace("dataset.template", "--template")) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--template={file}: cannot be read ({error}); use a text file in UTF-8") from error
+
+
+# --- load -----------------------------------------------------------------------------------------
+
+
+def resize(base: Any, rows: int) -> None:
+    """Give the embeddings of `base` as many `rows` as the adapter needs.
+
+    A new row is the mean of the others, until the adapter brings its own: no answer prefers such a token.
+    """
+    known = base.get_input_embeddings().weight.shape[0]
+    base.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+            if layer is not None and rows > known:
+                layer.weight[known:] = layer.weight[:known].float().mean(0).to(layer.weight.dtype)
 
 
 class Answerer:
-    """A tuned model with its tokenizer and prompt."""
+    """A tuned model with its tokenizer and prompt. The weights are loaded when they are first needed."""
 
     def __init__(self, checkpoint: Path, options: argparse.Namespace) -> None:
-        cfg = base_settings(checkpoint, options.quantization, options.trust_remote_code)
-        check_shapes(cfg, checkpoint)
-        self.tokenizer = adapters.read_tokenizer(cfg)
+        self.options, self.tuned = options, find_tuned(checkpoint, options)
+        self.tokenizer = self.tuned.tokenizer
         self.template = choose_template(options.template, checkpoint, self.tokenizer)
-        self.model: Any = PeftModel.from_pretrained(adapters.load_base(cfg), str(checkpoint)).eval()
-        self.options, self.name = options, f"{checkpoint.resolve().name}, quantization {cfg.quantization}"
+        self.name = f"{checkpoint.resolve().name}, quantization {self.tuned.cfg.quantization}"
+        try:
+            self.prompt([as_message({"instruction": "x"})])
+        except Exception as error:  # a template is a program
+            raise SettingsError(
+                f"--template={options.template or 'of the adapter'}: makes no prompt ({shortened(error, 200)}); "
+                "choose another, such as --template=alpaca"
+            ) from error
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """Base model and adapter on the device; what is drawn afterwards depends on --seed alone."""
+        with told_of(self.tuned.checkpoint):
+            base = adapters.load_base(self.tuned.cfg)
+        model = self.tuned.load(base)
+        set_seed(self.options.seed)
+        return model
+
+    @property
+    def made_by(self) -> str:
+        """A short digest of what decides an answer: the adapter, the prompt, and how tokens are chosen."""
+        names = (adapters.ADAPTER_CONFIG_FILE, adapters.ADAPTER_FILE, PICKLED_FILE)
+        files = [file_sha256(self.tuned.checkpoint / name) for name in names]
+        options = self.options
+        chosen = [options.temperature, options.top_p, options.max_new_tokens, options.seed]
+        facts = [files, self.tuned.cfg.quantization, self.template, chosen]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return encode_prompt(self.tokenizer, self.template, messages)
@@ -172,6 +444,7 @@ def chat(answerer: Answerer) -> None:
     """A conversation at a prompt, with its history; Ctrl-D ends it."""
     import readline  # noqa: F401  line editing for input()
 
+    assert answerer.model  # loaded before the first question
     history: list[dict[str, str]] = []
     while True:
         try:
@@ -185,35 +458,47 @@ def chat(answerer: Answerer) -> None:
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Lines with `question`, or `instruction` and `input`. Raises SettingsError with the line's number."""
+    """Lines with `question`, or `instruction` and `input`; blank ones are skipped.
+
+    Raises:
+        SettingsError: with the number of the line that is none.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--questions={path}: can not be read ({error})") from error
-    questions = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            text = row.get("question", row.get("instruction"))
-        except (ValueError, AttributeError) as error:
-            raise SettingsError(f"--questions={path}: line {number} is not a JSON object ({error})") from error
-        if not isinstance(text, str) or not text.strip():
-            raise SettingsError(f'--questions={path}: line {number} has no text in "question" or "instruction"')
-        questions.append({"instruction": text, "input": row.get("input", "")})
+        raise SettingsError(f"--questions={path}: cannot be read ({error}); use a text file in UTF-8") from error
+    questions = [read_question(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not questions:
+        raise SettingsError(f'--questions={path}: holds no question; use a line such as {{"question": "..."}} for each')
     return questions
 
 
-def kept_answers(path: Path, questions: Sequence[dict[str, Any]]) -> int:
+def read_question(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        text, given = row.get("question", row.get("instruction")), row.get("input", "")
+        f"{text}{given}".encode()  # half a character outside of the basic plane is no text
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise SettingsError(f"--questions={path}: line {number} is not a JSON object ({error})") from error
+    if not isinstance(text, str) or not text.strip():
+        raise SettingsError(f'--questions={path}: line {number} has no text in "question" or "instruction"')
+    if isinstance(given, dict | list):
+        raise SettingsError(f'--questions={path}: line {number} has a {type(given).__name__} in "input"; use text')
+    return {"instruction": text, "input": given}
+
+
+def kept_answers(path: Path, questions: Sequence[dict[str, Any]], made_by: str) -> int:
     """How many answers `path` already holds; a line that was cut off in the middle is removed.
 
     Raises:
-        SettingsError: if the file answers other questions.
+        SettingsError: if the file answers other questions, or another adapter or other options made its answers.
     """
-    if not path.parent.is_dir():
-        raise SettingsError(f"--output={path}: there is no folder {path.parent}")
     if not path.exists():
         return 0
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"--output={path}: cannot be read ({error.strerror}); choose another file") from error
     whole = data[: data.rfind(b"\n") + 1]
     lines = whole.split(b"\n")[:-1]
     try:
@@ -226,9 +511,24 @@ def kept_answers(path: Path, questions: Sequence[dict[str, Any]]) -> int:
         same = False
     if not same or len(lines) > len(questions):
         raise SettingsError(f"--output={path}: exists and answers other questions; choose another file")
+    if any(line.get("made_by") != made_by for line in kept):
+        raise SettingsError(
+            f"--output={path}: exists, and another adapter or other options made its answers "
+            f"(made_by is not {made_by}); choose another file"
+        )
     if len(whole) < len(data):
         path.write_bytes(whole)
     return len(lines)
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Answer a full disk, and whatever else cannot be written, with one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or shortened(error, 200)
+        raise SettingsError(f"--{option}={path}: cannot be written ({reason}); make room, or choose another") from error
 
 
 def answer_all(
@@ -237,11 +537,12 @@ def answer_all(
     """Answer --questions in batches, a line each to --output, in their order; goes on behind what is there."""
     from rich.progress import track
 
-    batches = range(done, len(questions), options.batch_size)
-    with options.output.open("a", encoding="utf-8") as file:
+    batches, made_by = range(done, len(questions), options.batch_size), {"made_by": answerer.made_by}
+    assert not batches or answerer.model  # loaded before the clock runs
+    with writing("output", options.output), options.output.open("a", encoding="utf-8") as file:
         for start in track(list(batches), description="answering"):
             for record in answered(answerer, questions[start : start + options.batch_size]):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json.dumps(record | made_by, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
     print(f"{len(questions)} answers in {options.output}" + (f", {done} of them from before" if done else ""))
@@ -276,12 +577,13 @@ def evaluate(answerer: Answerer, options: argparse.Namespace) -> None:
     console.print(what, soft_wrap=True, markup=False)
     console.print(table_of(found))
     if options.output:
-        write_json(options.output, {"measured": what} | found)
+        with writing("output", options.output):
+            write_json(options.output, {"measured": what} | found)
 
 
 def measured(answerer: Answerer, data: HeldOut, options: argparse.Namespace) -> dict[str, Any]:
-    batch, answers = options.batch_size, min(options.answers, len(data.rows))
-    return figures(score(answerer.model, answerer.tokenizer, data, batch, answers, options.max_new_tokens))
+    asked = options.batch_size, options.answers, options.max_new_tokens
+    return figures(score(answerer.model, answerer.tokenizer, data, *asked))
 
 
 def table_of(found: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -302,16 +604,26 @@ def merge(checkpoint: Path, options: argparse.Namespace) -> None:
 
     The sum is taken in float32: bfloat16 weights are too coarse for what an adapter adds.
     """
-    cfg = base_settings(checkpoint, "none", options.trust_remote_code)
-    check_shapes(cfg, checkpoint)
-    if options.merge.exists() and any(options.merge.iterdir()):
-        raise SettingsError(f"--merge={options.merge}: the folder is not empty; choose another")
-    tokenizer = adapters.read_tokenizer(cfg)
+    tuned = find_tuned(checkpoint, options, merging=True)
+    tokenizer = tuned.tokenizer
     tokenizer.chat_template = choose_template(options.template, checkpoint, tokenizer)
-    base = AutoModelForCausalLM.from_pretrained(adapters.source_of(cfg.name), dtype=torch.float32)
-    merged: Any = PeftModel.from_pretrained(base, str(checkpoint)).merge_and_unload()
-    merged = merged.to(getattr(torch, options.merge_dtype))
-    merged.generation_config.eos_token_id = tokenizer.eos_token_id
-    merged.save_pretrained(options.merge)
-    tokenizer.save_pretrained(options.merge)
+    with told_of(checkpoint):
+        base = adapters.load_weights(tuned.cfg, torch.float32)
+    if tuned.cfg.quantization != "none":  # it is stored so, and a sum needs plain weights
+        base = base.dequantize(torch.float32)
+    model = tuned.load(base)
+    untie(model)
+    merged = model.merge_and_unload().to(getattr(torch, options.merge_dtype))
+    merged.generation_config.eos_token_id = sorted(adapters.end_ids(tokenizer))
+    with writing("merge", options.merge):
+        merged.save_pretrained(options.merge)
+        tokenizer.save_pretrained(options.merge)
     print(f"merged model: {options.merge}")
+
+
+def untie(model: Any) -> None:
+    """Give an output embedding that shares its weights with the input one a copy, if LoRA changes only one of them."""
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    inner = [getattr(layer, "base_layer", layer) for layer in layers]
+    if None not in layers and inner != layers and inner[0].weight is inner[1].weight:
+        inner[1].weight = torch.nn.Parameter(inner[1].weight.detach().clone(), requires_grad=False)

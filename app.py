@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 import resident
 import runfolder
 from resident import replied
+from utils import send_nothing_home
 
 if TYPE_CHECKING:
     from config import RunConfig
@@ -29,6 +30,7 @@ server = ServerApp()
 @server.main()
 def serve(grid: Grid, context: Context) -> None:
     """A deployed run: as in simulation, with results in a run folder below the SuperLink's working folder."""
+    send_nothing_home()
     overrides = shlex.split(str(context.run_config.get(OVERRIDES, "")))
     folder = None
     try:

@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ from datasets import Dataset
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+import hub
 import model as adapters
 import transfer
-from config import RunConfig
+from config import RunConfig, SettingsError
 from dataset import (
     Partition,
     fresh_rows,
@@ -46,6 +48,7 @@ from training import Task, by_length, make_trainer, padded_tokens, peak_memory_b
 from transfer import to_record
 from utils import log_to_file, seed_of
 
+FETCHED_S = 2.0  # how long a client's introduction waits for the base model to be on its machine
 GLOBAL_SET = -1  # in place of a partition id: the rows of dataset.eval_name
 _resident: dict[str, "Worker"] = {}  # by settings, at most one: what outlives a message in this process
 
@@ -61,6 +64,7 @@ class Worker:
         self.splits: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.held: dict[int, HeldOut] = {}
         self.counts = {"model_loads": 0, "tokenizations": 0}  # since they were last reported
+        self.broken: SettingsError | None = None  # why the base model does not load: it is tried once
         torch.set_num_threads(min(config.client_resources.num_cpus, os.cpu_count() or 1))
 
     @functools.cached_property
@@ -72,22 +76,47 @@ class Worker:
         return read_template(self.config.dataset, self.tokenizer)
 
     @functools.cached_property
+    def rows(self) -> Dataset:
+        return load_rows(self.config.dataset)
+
+    @functools.cached_property
+    def eval_rows(self) -> Dataset:
+        return load_eval_rows(self.config.dataset)
+
+    @functools.cached_property
     def partitioner(self) -> Any:
         config = self.config
-        return partition_rows(load_rows(config.dataset), config.dataset, config.num_clients, config.seed)
+        return partition_rows(self.rows, config.dataset, config.num_clients, config.seed)
+
+    @functools.cached_property
+    def fetching(self) -> Future[None]:
+        """Done when all that the Hub has for this client is on its machine."""
+        return ThreadPoolExecutor(1).submit(self.fetch)
+
+    def fetch(self) -> None:
+        adapters.base_folder(self.config.model, weights=True)
+        self.rows  # noqa: B018
+        if self.config.dataset.eval_name:
+            self.eval_rows  # noqa: B018
 
     def raw_rows(self, partition_id: int) -> Dataset:
         """A client's rows before tokenization: its partition, or all there are if they are its own."""
         if partition_id == GLOBAL_SET:
-            return load_eval_rows(self.config.dataset)
-        return load_rows(self.config.dataset) if self.own_rows else self.partitioner.load_partition(partition_id)
+            return self.eval_rows
+        return self.rows if self.own_rows else self.partitioner.load_partition(partition_id)
 
     @functools.cached_property
     def trainer(self) -> Any:
         """The one trainer of this process, around the resident base model and its adapter."""
-        self.counts["model_loads"] += 1
+        if self.broken:
+            raise self.broken
         config = self.config.model
-        model = adapters.add_adapter(adapters.load_base(config), config)
+        try:
+            model = adapters.add_adapter(adapters.load_base(config), config)
+        except SettingsError as error:
+            self.broken = error
+            raise
+        self.counts["model_loads"] += 1
         self.untrained = adapters.get_adapter(model)
         return make_trainer(model, self.tokenizer, self.config)
 
@@ -96,7 +125,8 @@ class Worker:
         """The adapter before the first round, as the server makes it; DoRA's magnitudes are the base model's."""
         self.trainer  # noqa: B018  sets `untrained`
         shapes = {name: value.shape for name, value in self.untrained.items()}
-        made = adapters.initial_adapter(shapes, adapters.lora_config(self.config.model), self.config.seed)
+        lora = self.model.peft_config["default"]
+        made = adapters.initial_adapter(shapes, lora, self.config.seed)
         return dict(sorted((self.untrained | made).items()))
 
     def take_counts(self) -> dict[str, int]:
@@ -253,11 +283,17 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
 
 
 def describe(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
-    """Who this client is: its partition, its number of rows, its device."""
-    rows = len(resident_worker(site).raw_rows(partition_id))
-    facts = ConfigRecord(
-        {"partition-id": partition_id, "num-rows": rows, "device": device_name(), "own-data": site.own_rows}
-    )
+    """Who this client is: its partition, its number of rows, its device; and what it is still waiting for."""
+    worker = resident_worker(site)
+    facts = ConfigRecord({"partition-id": partition_id, "device": device_name(), "own-data": site.own_rows})
+    try:
+        worker.fetching.result(FETCHED_S)
+        facts["num-rows"] = len(worker.raw_rows(partition_id))
+    except TimeoutError:
+        facts["num-rows"], facts["loading"] = 0, site.config.model.name
+    except Exception:
+        _resident.clear()  # the next run tries again, from the start
+        raise
     return RecordDict({"client": facts})
 
 
@@ -304,6 +340,7 @@ def resident_worker(site: Site) -> Worker:
     key = json.dumps([dataclasses.asdict(site.config), site.own_rows], sort_keys=True)
     if key not in _resident:
         _resident.clear()
+        hub.forget()
         _resident[key] = Worker(site.config, site.cache_folder, site.own_rows)
     return _resident[key]
 

@@ -34,6 +34,7 @@ class Clients:
         self.grid, self.timeout_s, self.progress = grid, timeout_s, progress
         self.poll_s: float = getattr(grid, "poll_s", POLL_S)
         self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
+        self.loading: dict[int, str] = {}  # by node: what it is still downloading
         self.num_rows: dict[int, int] = {}
         self.own_data = False  # whether a client has rows that no other machine has
         self.unusable: set[int] = set()  # nodes that were left out for good
@@ -60,8 +61,12 @@ class Clients:
             self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
             new = sorted(online - set(self.nodes.values()) - self.unusable)
             replies = self.exchange([Message(RecordDict(), n, MessageType.QUERY, ttl=self.timeout_s) for n in new])
+            before, self.loading = self.loading, {}
             for node, reply in replies.items():
                 self.meet(node, reply)
+            if self.loading and self.loading != before:
+                what = ", ".join(sorted(set(self.loading.values())))
+                self.progress.say(f"{len(self.loading)} of {at_least} clients are downloading {what}")
             if len(self.nodes) >= at_least:
                 return
             if len(replies) < len(new):
@@ -76,7 +81,7 @@ class Clients:
         """Take down who the client on `node` is."""
         if reply.has_error():
             if reply.error.code != NODE_UNAVAILABLE:  # else it left without a word, or will be asked again
-                self.refuse(node, f"a client can not say who it is:\n{reply.error.reason}")
+                self.refuse(node, f"a client cannot take part: {reply.error.reason}")
             return
         try:
             facts: Any = reply.content["client"]
@@ -84,7 +89,10 @@ class Clients:
             if partition < 0 or not 0 <= rows <= MOST:
                 raise ValueError(f"partition {partition} with {rows} rows")
         except (KeyError, TypeError, ValueError) as error:
-            self.refuse(node, f"a client can not say who it is: {error!r}")
+            self.refuse(node, f"a client cannot say who it is: {error!r}")
+            return
+        if loading := facts.get("loading"):  # it is asked again
+            self.loading[node] = str(loading)
             return
         if partition in self.nodes:
             self.refuse(

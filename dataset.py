@@ -5,25 +5,32 @@ and response are tokenized apart, so the boundary is exact for every tokenizer a
 never be taken for a marker or a special token.
 """
 
+import contextlib
 import csv
+import functools
 import inspect
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Value, disable_progress_bars, load_dataset, load_dataset_builder
+from datasets import Dataset, DatasetDict, Features, Value, disable_progress_bars, load_dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
+import hub
 from config import CONFIG_FOLDER, DatasetConfig, SettingsError, check_keywords
-from utils import generator, local_path, shipped_path
+from model import end_ids
+from utils import generator, local_path, shipped_path, shortened
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -34,7 +41,8 @@ COLUMNS = ("instruction", "input", "output")
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 TEMPLATE_FOLDER = CONFIG_FOLDER / "template"
 IGNORED = -100  # the label that carries no loss
-ESCAPES = ("\ue000", "\ue001")  # private-use characters around a special token's spelling inside a row
+DAY = "{%- macro strftime_now(format) %}{{ FORMAT }}{% endmacro %}"  # in front of a template, stands for the real one
+TODAY = date(2024, 7, 26)  # for templates that write the date: each day of a run and its resume has the same tokens
 
 
 # --- load and partition ---------------------------------------------------------------------------
@@ -44,7 +52,7 @@ def load_rows(cfg: DatasetConfig) -> Dataset:
     """All rows of `dataset.name`, with the columns instruction, input and output as text.
 
     Raises:
-        SettingsError: if there is no such data set, it can not be read, or lacks a column.
+        SettingsError: if there is no such data set, it cannot be read, or lacks a column.
     """
     disable_progress_bars()
     path = local_rows(cfg.name)
@@ -60,15 +68,15 @@ def load_rows(cfg: DatasetConfig) -> Dataset:
     return with_text_columns(rows, cfg.name)
 
 
-def local_rows(name: str) -> Path | None:
-    """The file or folder that `dataset.name` means; None for a Hub id.
+def local_rows(name: str, key: str = "dataset.name") -> Path | None:
+    """The file or folder that `name`, the value of `key`, means; None for a Hub id.
 
     Raises:
         SettingsError: if it can be no Hub id, and is not there.
     """
     path = local_path(name)
     if path is None and (Path(name).suffix in READERS or name.startswith(("/", ".", "~"))):
-        raise SettingsError(f"dataset.name={name}: there is no such file or folder")
+        raise SettingsError(f"{key}={name}: there is no such file or folder")
     return path
 
 
@@ -121,23 +129,28 @@ def explain_unreadable(files: Sequence[Path], kind: str, error: Exception) -> st
     if not any(file.stat().st_size for file in files):
         return "is empty"
     cause = error.__cause__ or error
-    return f"can not be read ({' '.join(str(cause).split())[:200]})"
+    return f"cannot be read ({shortened(cause, 300)})"
 
 
 def read_hub(cfg: DatasetConfig) -> Dataset:
+    """Rows of a Hub data set.
+
+    Raises:
+        SettingsError: if there is none of that name or split for this user, or it cannot be read.
+        RunError: if the network fails, and the data set is not in the cache.
+    """
+    key = f"dataset.name={cfg.name}"
+    builder = hub.data_builder(key, cfg.name)
     try:
-        builder = load_dataset_builder(cfg.name)
-        files = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
-        local = [file for file in files if "://" not in file]
-        if local:  # a repository's README could name them, and so make this machine read its own files
-            raise ValueError(f"it names a file of this machine, {local[0]}")
         builder.download_and_prepare()
+        with contextlib.suppress(OSError):
+            os.utime(builder.cache_dir)  # processes that ask nobody take what was read last
+    except Exception as error:  # readers raise what their parsers raise
+        raise SettingsError(f"{key}: cannot be read ({shortened(error.__cause__ or error, 300)})") from error
+    try:
         rows = builder.as_dataset(cfg.split)
-    except Exception as error:  # not found, gated, offline, no such split: the library's own words say which
-        raise SettingsError(
-            f"dataset.name={cfg.name}: no local file or folder, and not to be had from the Hub "
-            f"({' '.join(str(error).split())[:200]}); check the name, dataset.split={cfg.split} and the network"
-        ) from error
+    except ValueError as error:
+        raise SettingsError(f"dataset.split={cfg.split}: {cfg.name} has {', '.join(builder.info.splits)}") from error
     if isinstance(rows, DatasetDict) or not isinstance(rows, Dataset):
         raise SettingsError(f"dataset.split={cfg.split}: name one split")
     return rows
@@ -174,7 +187,7 @@ def partition_rows(rows: Dataset, cfg: DatasetConfig, num_partitions: int, seed:
         partitioner.dataset = rows
         count = partitioner.num_partitions
     except Exception as error:  # partitioners raise what their arithmetic raises
-        raise SettingsError(f"dataset.partitioner={chosen.__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise SettingsError(f"dataset.partitioner={chosen.__name__}: {shortened(error, 300)}") from error
     if count != num_partitions:
         raise SettingsError(
             f"num_clients={num_partitions}: {chosen.__name__} makes {count} partitions; set num_clients={count}"
@@ -207,13 +220,39 @@ def read_template(cfg: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> str
         SettingsError: if there is none of that name.
     """
     if cfg.template == "tokenizer":
-        if not isinstance(tokenizer.chat_template, str):
+        own = own_template(tokenizer)
+        if own is None:
             raise SettingsError("dataset.template=tokenizer: this model's tokenizer has no chat template; use alpaca")
-        return tokenizer.chat_template
+        return own
     try:
-        return find_template(cfg.template).read_text(encoding="utf-8")
+        return on_one_day(find_template(cfg.template).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise SettingsError(f"dataset.template={cfg.template}: not a text file") from error
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tokenizer's chat template, of several the one called `default`; None if it has none.
+
+    Raises:
+        SettingsError: if none of several is called so.
+    """
+    named = tokenizer.chat_template
+    if not isinstance(named, dict):
+        return named and on_one_day(named)
+    if "default" not in named:
+        raise SettingsError(
+            f"dataset.template=tokenizer: this model has the chat templates {', '.join(sorted(named))} and none "
+            "of them is called default; save the one you want as a Jinja file and give its path"
+        )
+    return on_one_day(str(named["default"]))
+
+
+def on_one_day(template: str) -> str:
+    """`template`, if it writes today's date, with TODAY in its place: also for whoever loads it with the adapter."""
+    if "strftime_now" not in template or template.startswith(DAY[:20]):
+        return template
+    written = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdmyYjHMSpIxX")
+    return DAY.replace("FORMAT", f"format{written}") + template
 
 
 def find_template(name: str) -> Path:
@@ -255,40 +294,50 @@ def encode_response(
     whole = render(tokenizer, template, [message, {"role": "assistant", "content": response}], for_response=False)
     if not whole.startswith(prompt):
         raise SettingsError("dataset.template: with a response it does not start as without one; use another template")
-    ids = encode_text(tokenizer, whole[len(prompt) :])
-    return ids if tokenizer.eos_token_id in ids[-2:] else [*ids, tokenizer.eos_token_id]
+    ids = encode_text(tokenizer, whole[len(prompt) :], lead_of(tokenizer, prompt))
+    ends = end_ids(tokenizer)
+    end = next((position for position, token in enumerate(ids) if token in ends), None)
+    return [*ids, tokenizer.eos_token_id] if end is None else ids[: end + 1]  # what a template writes behind it is cut
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Mapping[str, str]], *, for_response: bool
 ) -> str:
-    """The template's text, in which special tokens that were spelled out by a user are marked by ESCAPES."""
-    safe = [{key: escape(value, tokenizer.all_special_tokens) for key, value in turn.items()} for turn in messages]
+    """The template's text, in which special tokens that were spelled out by a user are marked as such."""
+    safe = mark_control_tokens([dict(turn) for turn in messages], special_tokens(tokenizer))
     return str(
         tokenizer.apply_chat_template(safe, chat_template=template, tokenize=False, add_generation_prompt=for_response)
     )
 
 
-def escape(text: str, special: Iterable[str]) -> str:
-    for mark in ESCAPES:
-        text = text.replace(mark, "")
-    for token in special:
-        if token in text:
-            text = text.replace(token, f"{ESCAPES[0]}{token}{ESCAPES[1]}")
-    return text
+@functools.lru_cache(maxsize=4)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """How the tokenizer's special tokens are spelled; those in no named role, such as <|start_header_id|>, included."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of rendered text: the template's special tokens are special, a user's are plain text."""
-    ids: list[int] = []
-    for part in text.split(ESCAPES[0]):
-        escaped, mark, rest = part.partition(ESCAPES[1])
-        plain, spelled = (rest, escaped) if mark else (part, "")
-        if spelled:
-            ids += tokenizer(spelled, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if plain:
-            ids += tokenizer(plain, add_special_tokens=False)["input_ids"]
-    return ids
+def lead_of(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """What the tokens of a response depend on: the special token that a prompt ends with, or just that there is text.
+
+    A SentencePiece tokenizer puts a blank before whatever it is given, and some before what follows a special token.
+    """
+    last = max(special_tokens(tokenizer).finditer(prompt), key=lambda found: found.start(), default=None)
+    return "\n" if last is None or prompt[last.end() :].strip() else prompt[last.start() :]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, lead: str = "") -> list[int]:
+    """Token ids of rendered text: the template's special tokens are special, marked ones are plain text.
+
+    Args:
+        lead: what stands before the text, and is not returned.
+    """
+    try:
+        before, ids = (encode_marked_chat(tokenizer, part) if part else [] for part in (lead, lead + text))
+        return ids[len(before) :] if ids[: len(before)] == before else encode_marked_chat(tokenizer, text)
+    except ValueError as error:
+        raise SettingsError(f"a row cannot become tokens: {shortened(error, 200)}; remove that text") from error
 
 
 def fit(prompt: list[int], response: list[int], limit: int) -> tuple[list[int], list[int]]:

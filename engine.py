@@ -29,8 +29,8 @@ from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from config import ClientResources, RunConfig, SettingsError
-from utils import SUITE_FOLDER
+from config import ClientResources, RunConfig, RunError, SettingsError
+from utils import SUITE_FOLDER, shortened
 
 if TYPE_CHECKING:
     from client import Site
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAVE_S = 2.0
+OFFLINE = "HF_HUB_OFFLINE"
+starting = threading.Lock()  # of processes: their environment is this one's
 WORKER_DIED = 2  # Error.code of a reply in the name of a worker that died or was too late
 
 
@@ -210,13 +212,28 @@ def warm_up(config: RunConfig, log_file: Path) -> None:
     terminal = os.dup(1), os.dup(2)
     try:
         output_to(log_file)
-        forkserver.ensure_running()
+        with without_hub():
+            forkserver.ensure_running()
     finally:
         for which, before in handlers.items():
             signal.signal(which, before)
         for descriptor, number in zip(terminal, (1, 2), strict=True):
             os.dup2(descriptor, number)
             os.close(descriptor)
+
+
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Processes that are started here never ask the Hugging Face Hub: the driver has fetched what they need."""
+    with starting:
+        before = os.environ.get(OFFLINE)
+        os.environ[OFFLINE] = "1"
+        try:
+            yield
+        finally:
+            os.environ.pop(OFFLINE)
+            if before is not None:
+                os.environ[OFFLINE] = before
 
 
 def output_to(file: Path) -> None:
@@ -253,7 +270,8 @@ class LocalWorker:
                 return
             self.connection, theirs = context.Pipe()
             self.process = context.Process(target=work, args=(theirs, self.gpus, self.site.log_file))
-            self.process.start()
+            with without_hub():
+                self.process.start()
             theirs.close()
             with suppress(OSError):  # dead already: `answer` meets it
                 self.connection.send(self.site)
@@ -381,7 +399,13 @@ def start_actors(site: "Site") -> list[Worker]:
             f"client_resources.num_cpus={resources.num_cpus}, num_gpus={resources.num_gpus:g}: no machine of the Ray "
             "cluster has them; ask for less"
         )
-    return [RayWorker(site) for _ in range(min(count, most_workers(site.config)))]
+    workers = [RayWorker(site) for _ in range(min(count, most_workers(site.config)))]
+    try:  # downloads are no part of a round's time
+        ray.get([worker.actor.ready.remote() for worker in workers])
+    except ray.exceptions.RayError as error:
+        ray.shutdown()
+        raise RunError(f"ray.address={address}: a worker does not start ({shortened(error, 300)})") from error
+    return list(workers)
 
 
 def room_on(node: dict[str, float], wanted: ClientResources) -> int:
@@ -426,6 +450,9 @@ class Answering:
 
     def __init__(self, site: "Site") -> None:
         self.answering = answering(site)
+
+    def ready(self) -> bool:
+        return True
 
     def answer(self, message: Message, partition_id: int) -> Message:
         return self.answering(message, partition_id)

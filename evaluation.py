@@ -3,10 +3,11 @@
 Scores are sums over rows, so that those of categories and of clients add up: see `FIELDS`.
 """
 
+import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from datasets import Dataset
 
 from dataset import IGNORED, Partition, text_of
+from model import end_ids
 from training import collate
 from utils import generator
 
@@ -111,8 +113,8 @@ def generate(
     batch_size: int = ANSWERS_AT_ONCE,
     **options: Any,
 ) -> list[list[int]]:
-    """New token ids after each prompt, up to and without EOS; greedy, unless `options` of `generate` say otherwise."""
-    end, found = tokenizer.eos_token_id, []
+    """New token ids after each prompt, up to and without what ends it; greedy, unless `options` say otherwise."""
+    end, ends, found = tokenizer.eos_token_id, sorted(end_ids(tokenizer)), []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         longest = max(map(len, batch))  # padded on the left, so that all answers start at the same place
@@ -124,15 +126,15 @@ def generate(
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=end,
-            eos_token_id=end,
+            eos_token_id=ends,
             **(greedy | options),
         )
-        found += [until(row, end) for row in output[:, longest:].tolist()]
+        found += [until(row, ends) for row in output[:, longest:].tolist()]
     return found
 
 
-def until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+def until(ids: list[int], ends: Collection[int]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
 class Words:

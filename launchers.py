@@ -27,6 +27,7 @@ SUITE_FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(SUITE_FOLDER))  # the console scripts know this file alone
 
 from config import SettingsError  # noqa: E402
+from utils import send_nothing_home  # noqa: E402
 
 SUPERLINK = "127.0.0.1:8000"
 PARTITIONS = {"client": None, "client1": 0, "client2": 1}
@@ -76,6 +77,7 @@ class LaunchError(Exception):
 def run_or_say(command: Callable[[], int]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: sys.exit(128 + received))
+    send_nothing_home()
     try:
         return command()
     except (LaunchError, SettingsError) as error:

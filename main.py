@@ -25,7 +25,7 @@ import runfolder
 import stopping
 from compose import canonical, checked, one_line, resumed
 from config import CONFIG_FOLDER, SettingsError
-from utils import objective
+from utils import objective, send_nothing_home
 
 exit_codes: list[int] = []  # of the jobs of this command line
 last_words: list[str] = []  # of the job that was stopped
@@ -90,6 +90,7 @@ def report(error: Exception) -> int:
 
 def main() -> int:
     """Run the command line."""
+    send_nothing_home()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of into Hydra's own report
     logging.raiseExceptions = False  # a log that can not be written must not bury the reason
     try:

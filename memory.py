@@ -33,25 +33,26 @@ class Sizes:
 
 
 def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
-    with torch.device("meta"):
-        empty = adapters.AutoModelForCausalLM.from_config(base)
-    parameters = dict(empty.named_parameters())
+    parameters, text = (
+        dict(adapters.empty_model(base, config.model.trust_remote_code).named_parameters()),
+        base.get_text_config(),
+    )
     linear = sum(
         weight.numel()
         for name, weight in parameters.items()
         if weight.dim() == 2 and "embed" not in name and "lm_head" not in name
     )
-    shapes = adapters.adapter_shapes(base, adapters.lora_config(config.model))
+    _, shapes = adapters.adapter_plan(config.model, base)
     return Sizes(
         linear=linear,
         other=sum(weight.numel() for weight in parameters.values()) - linear,
         adapter=sum(prod(shape) for shape in shapes.values()),
         payload_bytes=payload_bytes(shapes, config.transfer),
         once_bytes=adapters.starts_from_base(shapes) * payload_bytes(shapes, "fp32"),
-        layers=base.num_hidden_layers,
-        hidden=base.hidden_size,
-        intermediate=getattr(base, "intermediate_size", 4 * base.hidden_size),
-        vocabulary=base.vocab_size,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        vocabulary=text.vocab_size,
     )
 
 

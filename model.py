@@ -7,12 +7,14 @@ alone, and only clients load a base model.
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import logging
 import math
+import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,16 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+import hub
 from config import ModelConfig, SettingsError, check_keywords
-from utils import local_path, torn_files, write_digests
+from utils import local_path, shipped_path, shortened, torn_files, write_digests
 
 log = logging.getLogger(__name__)
 
@@ -39,60 +44,149 @@ ADAPTER_FILE, ADAPTER_CONFIG_FILE, TEMPLATE_FILE = (
     "adapter_config.json",
     "chat_template.jinja",
 )
+NOT_TRAINED = {  # fields of LoraConfig that the trainer, or adapters without a base model, cannot do
+    "trainable_token_indices": "train the embeddings whole: model.lora.modules_to_save=[embed_tokens]",
+    "ensure_weight_tying": "name both layers in model.lora.modules_to_save",
+    "alora_invocation_tokens": "such an adapter only works behind tokens that no prompt here has",
+}
 MANAGED_LORA = {
     "task_type": "it is CAUSAL_LM",
     "base_model_name_or_path": "set model.name",
     "inference_mode": "the adapter is trained here",
 }
+LINEAR = (torch.nn.Linear, Conv1D)  # what LoRA goes into, besides embeddings; GPT-2 has the latter
+ATTENTION = (["q_proj", "v_proj"], ["qkv_proj"], ["query_key_value"], ["Wqkv"], ["c_attn"])
+"""Attention projections by the names that models give them, for kinds that PEFT's own table lacks."""
+PROBE = "Below is a question. Answer it in a few words: how much is 12 plus 30, and why?"
+RANDOM, ZERO = ("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")  # tensors by how they begin
 DEFAULT_INIT: dict[str, list[Any]] = {"init_lora_weights": [True, "gaussian"], "use_dora": [False, True]}
-
-
-def source_of(name: str) -> str:
-    """What transformers should load for `model.name`: a local folder's path if there is one, else the Hub id."""
-    folder = local_path(name)
-    return str(folder) if folder else name
 
 
 def read_config(cfg: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
     """The base model's shapes, without its weights.
 
+    Args:
+        offline: ask nobody: what is on this machine has to do.
+
     Raises:
-        SettingsError: if `model.name` is neither a model folder nor reachable on (or cached from) the Hub.
+        SettingsError: if `model.name` is no base model that can be loaded, or `model.quantization` does not fit.
+        RunError: if the Hub cannot be reached.
     """
-    try:
-        return AutoConfig.from_pretrained(
-            source_of(cfg.name), trust_remote_code=cfg.trust_remote_code, local_files_only=offline
-        )
-    except (OSError, ValueError) as error:
+    base = described(cfg, hub.cached_model(cfg.name) if offline else base_folder(cfg))
+    bits = stored_bits(cfg.name, base)
+    if bits and bits != cfg.quantization:
         raise SettingsError(
-            f"model.name={cfg.name}: not a local model folder, and not to be had from the Hub "
-            f"({first_sentence(error)}); check the name, the network and `hf auth login`"
-        ) from error
+            f"model.quantization={cfg.quantization}: {cfg.name} is stored in {bits} bits; set "
+            f"model.quantization={bits}, or name the unquantized model"
+        )
+    return base
 
 
-def first_sentence(error: BaseException) -> str:
-    return " ".join(str(error).split()).split(". ")[0][:200]
-
-
-def read_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer. Raises SettingsError if it is missing or has no end-of-sequence token."""
+def described(cfg: ModelConfig, folder: Path | None) -> PreTrainedConfig:
+    """The config.json in the base model's folder."""
+    if folder is None:
+        raise SettingsError(f"model.name={cfg.name}: not on this machine")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source_of(cfg.name), trust_remote_code=cfg.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingsError(f"model.name={cfg.name}: its tokenizer does not load ({first_sentence(error)})") from error
-    if tokenizer.eos_token is None:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+    except Exception as error:  # a repository's file may hold anything
+        raise SettingsError(f"model.name={cfg.name}: {unloadable('its config.json', error)}") from error
+
+
+def base_folder(cfg: ModelConfig, *, weights: bool = False) -> Path:
+    """The local folder of the base model, downloaded if it has to be. Raises as `hub.model_folder`."""
+    return hub.model_folder(cfg.name, weights=weights, code=cfg.trust_remote_code)
+
+
+def unloadable(what: str, error: BaseException) -> str:
+    """Why a part of a repository does not load, for people."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "brings Python code of its own; if you trust it, set model.trust_remote_code=true"
+    return f"{what} cannot be loaded ({shortened(text or repr(error), 300)})"
+
+
+def stored_bits(name: str, base: PreTrainedConfig) -> str | None:
+    """In how many bits a base model is stored, "4" or "8"; None if it is not quantized.
+
+    Raises:
+        SettingsError: if it is quantized by anything but bitsandbytes.
+    """
+    stored: Any = getattr(base, "quantization_config", None)
+    if stored is None:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    bits = "4" if stored.get("load_in_4bit") else "8" if stored.get("load_in_8bit") else None
+    if bits is None:
+        method = getattr(stored.get("quant_method"), "value", stored.get("quant_method"))
+        raise SettingsError(
+            f"model.name={name}: is stored quantized ({method}); only models that are not, or by bitsandbytes in 4 or "
+            "8 bits, can be trained here: name the unquantized model"
+        )
+    return bits
+
+
+def read_tokenizer(cfg: ModelConfig, *, offline: bool = False) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer.
+
+    Args:
+        offline: as for `read_config`.
+
+    Raises:
+        SettingsError: if it does not load, has no end-of-sequence token, or is not the tokenizer of this model.
+    """
+    base = read_config(cfg, offline=offline)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.name_or_path, trust_remote_code=cfg.trust_remote_code)
+    except Exception as error:  # a repository's files may hold anything
+        raise SettingsError(f"model.name={cfg.name}: {unloadable('its tokenizer', error)}") from error
+    if tokenizer.eos_token_id is None:
         raise SettingsError(f"model.name={cfg.name}: its tokenizer has no eos_token, so no answer could ever end")
+    check_tokenizer(cfg.name, tokenizer, base.get_text_config().vocab_size)
     return tokenizer
 
 
-def lora_config(cfg: ModelConfig) -> LoraConfig:
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise SettingsError if a tokenizer knows too little of its model's `vocabulary` to be its own."""
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
+    if 2 * len(tokenizer) < vocabulary or not ids or 4 * unknown > len(ids):
+        raise SettingsError(
+            f"model.name={name}: its tokenizer knows {len(tokenizer)} tokens, the model {vocabulary}, and plain "
+            f"English becomes {unknown} unknown tokens of {len(ids)}; its files are missing or not this model's "
+            "(tokenizer.json or tokenizer.model)"
+        )
+    if max(ids) >= vocabulary:
+        raise SettingsError(
+            f"model.name={name}: its tokenizer makes token {max(ids)}, the model has {vocabulary}; it is another's"
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's EOS, and those that the model's own files name beside it."""
+    ends: set[int] = {tokenizer.eos_token_id}
+    for file in ("generation_config.json", "config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            named = json.loads((Path(tokenizer.name_or_path) / file).read_text(encoding="utf-8")).get("eos_token_id")
+            ends |= {named} if isinstance(named, int) else set(named or [])
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(end for end in ends if end in special or end == tokenizer.eos_token_id)
+
+
+def lora_config(cfg: ModelConfig, model: Any = None) -> LoraConfig:
     """`model.lora` as a `peft.LoraConfig` for causal language modelling.
 
+    Args:
+        model: the base model, with or without weights, whose modules `target_modules` names.
+
     Raises:
-        SettingsError: for unknown or impossible fields, and for initialisations that change the base model
-            (PiSSA, OLoRA, ...), which is shared and must stay as it is.
+        SettingsError: for unknown or impossible fields, for modules that `model` lacks, and for initialisations that
+            change the base model (PiSSA, OLoRA, ...), which is shared and must stay as it is.
     """
     check_keywords("model.lora", cfg.lora, LoraConfig, MANAGED_LORA)
+    for key, instead in NOT_TRAINED.items():
+        if cfg.lora.get(key):
+            raise SettingsError(f"model.lora.{key}={cfg.lora[key]}: cannot be trained here; {instead}")
     for key, allowed in DEFAULT_INIT.items():
         if key in cfg.lora and cfg.lora[key] not in allowed:
             raise SettingsError(f"model.lora.{key}={cfg.lora[key]}: use one of {', '.join(map(str, allowed))}")
@@ -103,19 +197,125 @@ def lora_config(cfg: ModelConfig) -> LoraConfig:
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise SettingsError(f"model.lora.lora_dropout={dropout}: use a number of at least 0 and below 1")
     try:
-        return LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=cfg.name, **cfg.lora)
+        lora = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=lasting_name(cfg.name), **cfg.lora)
     except (TypeError, ValueError, AttributeError) as error:
         raise SettingsError(f"model.lora: {first_sentence(error)}") from error
+    return lora if model is None else aimed(lora, model)
 
 
-def adapter_shapes(base: PreTrainedConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+def lasting_name(name: str) -> str:
+    """`model.name` as an adapter notes it: a folder of this machine by its whole path, so that it is found later."""
+    folder = local_path(name)
+    return name if folder is None or shipped_path(name) else str(folder.resolve())
+
+
+def first_sentence(error: BaseException) -> str:
+    return shortened(" ".join(str(error).split()).split(". ")[0], 300)
+
+
+def aimed(lora: LoraConfig, model: Any) -> LoraConfig:
+    """`lora` with target modules that `model` has, in its language part alone; null means its attention projections.
+
+    Raises:
+        SettingsError: if `model` lacks one of them; it names those that there are.
+    """
+    names, others = language_modules(model)
+    if others:
+        lora.exclude_modules = "|".join(filter(None, [others, as_pattern(lora.exclude_modules)]))
+    known = sorted({name.rpartition(".")[2] for name in names})
+    if lora.target_modules is None:
+        lora.target_modules = default_targets(model.config, known)
+    try:
+        re.compile(str(as_pattern(lora.target_modules)))
+    except re.error as error:
+        raise SettingsError(
+            f"model.lora.target_modules={lora.target_modules}: is no regular expression ({error}); use a list of names"
+        ) from error
+    try:
+        re.compile(str(as_pattern(lora.target_modules)))
+    except re.error as error:
+        raise SettingsError(
+            f"model.lora.target_modules={lora.target_modules}: is no regular expression ({error}); use a list of names"
+        ) from error
+    for target in [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules):
+        pattern = as_pattern(lora.target_modules if isinstance(lora.target_modules, str) else [target])
+        if target != "all-linear" and not any(re.fullmatch(str(pattern), name) for name, _ in model.named_modules()):
+            raise SettingsError(
+                f"model.lora.target_modules={target}: this model has no such module; it has {', '.join(known)}"
+            )
+        if re.fullmatch(str(pattern), head_name(model)):
+            raise SettingsError(
+                f"model.lora.target_modules={target}: the trainer reads the weights of {head_name(model)} itself, so "
+                f"LoRA in it would never be trained; leave it out, or train it whole: model.lora.modules_to_save="
+                f"[{head_name(model)}]"
+            )
+    return lora
+
+
+def head_name(model: Any) -> str:
+    """The name of the layer that makes logits of hidden states."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), "")
+
+
+def as_pattern(modules: Any) -> str | None:
+    """PEFT's two ways to name modules as one regular expression over whole names."""
+    if not modules or isinstance(modules, str):
+        return modules or None
+    return rf"(.*\.)?({'|'.join(map(re.escape, sorted(modules)))})"
+
+
+def language_modules(model: Any) -> tuple[list[str], str | None]:
+    """Names of the linear layers of a model's language part, and a pattern for all modules that are not in it.
+
+    A model that also sees or hears has towers beside its decoder. No pattern stands for a model without any.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
+    language, head = model.get_decoder(), head_name(model)
+    decoder = next((name for name, module in model.named_modules() if module is language), "")
+    inside = [name for name in linear if name == head or name.startswith(f"{decoder}." if decoder else "")]
+    if len(inside) == len(linear):
+        return linear, None
+    return inside, rf"(?!{re.escape(decoder)}\.|{re.escape(head)}$).*"
+
+
+def default_targets(base: PreTrainedConfig, known: Sequence[str]) -> Any:
+    """What `target_modules` null means: PEFT's choice for this kind of model, or the attention projections it has."""
+    listed = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(base.get_text_config().model_type)
+    for names in (listed, *ATTENTION):
+        if names and not isinstance(names, str) and set(names) <= set(known):
+            return set(names)
+    return "all-linear"
+
+
+def empty_model(base: PreTrainedConfig, code: bool = False) -> Any:
+    """The base model without weights, on the meta device: shapes and names for no memory.
+
+    Args:
+        code: run the Python code of its repository, if its kind needs that.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(base, trust_remote_code=code)
+
+
+def adapter_plan(cfg: ModelConfig, base: PreTrainedConfig) -> tuple[LoraConfig, dict[str, tuple[int, ...]]]:
+    """The adapter that `model.lora` means for this base model: its configuration, and names and shapes of its tensors.
+
+    Raises:
+        SettingsError: if there is no such adapter.
+    """
+    lora = lora_config(cfg, empty_model(base, cfg.trust_remote_code))
+    return lora, adapter_shapes(base, lora, cfg.trust_remote_code)
+
+
+def adapter_shapes(base: PreTrainedConfig, lora: LoraConfig, code: bool = False) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the adapter, from a base model on the meta device: no weights, no memory.
 
     Raises:
-        SettingsError: if `target_modules` names no module of this model.
+        SettingsError: if PEFT cannot make such an adapter in this model.
     """
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(base)
+        empty = empty_model(base, code)
         try:
             empty = get_peft_model(empty, copy.deepcopy(lora))  # peft renames the base model in what it is given
         except (TypeError, ValueError, AttributeError) as error:
@@ -133,19 +333,19 @@ def initial_adapter(shapes: Mapping[str, tuple[int, ...]], lora: LoraConfig, see
     adapter: Adapter = {}
     for position, (name, shape) in enumerate(sorted(shapes.items())):
         generator = np.random.default_rng([seed, position])
-        if "lora_A" in name or "lora_embedding_B" in name:
+        if any(part in name for part in RANDOM):
             bound = 1 / math.sqrt(math.prod(shape[1:]))
             gaussian = lora.init_lora_weights == "gaussian"
             drawn = generator.normal(0, 1 / lora.r, shape) if gaussian else generator.uniform(-bound, bound, shape)
             adapter[name] = drawn.astype(np.float32)
-        elif "lora_B" in name or "lora_embedding_A" in name:
+        elif any(part in name for part in ZERO):
             adapter[name] = np.zeros(shape, np.float32)
     return adapter
 
 
 def starts_from_base(shapes: Iterable[str]) -> bool:
-    """Whether an adapter has tensors that `initial_adapter` can not make."""
-    return any("lora_magnitude" in name for name in shapes)
+    """Whether an adapter has tensors that `initial_adapter` cannot make."""
+    return not all(any(drawn in name for drawn in (*RANDOM, *ZERO)) for name in shapes)
 
 
 def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
@@ -153,12 +353,16 @@ def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
 
     Args:
         device: `cuda` or `cpu`; by default CUDA where there is one.
+
+    Raises:
+        SettingsError: if its weights are missing, damaged or another model's.
     """
     base = load_cached(cfg, device) if cfg.cache_folder and cfg.quantization != "none" else load_fresh(cfg, device)
     for module in base.modules():
-        # On a CPU with AVX512-BF16 an evaluation would repack 4-bit weights in place; the gradients of all
-        # later training steps would then be wrong, without a word, and widths off a multiple of 64 crash.
         if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.bfloat16  # of a model that is stored in 4 bits it may be another
+            # On a CPU with AVX512-BF16 an evaluation would repack 4-bit weights in place; the gradients of all
+            # later training steps would then be wrong, without a word, and widths off a multiple of 64 crash.
             module.support_avx512bf16_for_cpu = False
     return base.requires_grad_(False)
 
@@ -174,13 +378,35 @@ def load_fresh(cfg: ModelConfig, device: str | None) -> Any:
         "8": BitsAndBytesConfig(load_in_8bit=True),
         "none": None,
     }[cfg.quantization]
-    return AutoModelForCausalLM.from_pretrained(
-        source_of(cfg.name),
-        dtype=torch.bfloat16,
-        quantization_config=quantization,
-        device_map={"": device or default_device()},
-        trust_remote_code=cfg.trust_remote_code,
-    )
+    stored = stored_bits(cfg.name, read_config(cfg))
+    return load_weights(cfg, torch.bfloat16, device, quantization_config=None if stored else quantization)
+
+
+def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str | None = None, **options: Any) -> Any:
+    """The base model with its weights. Raises SettingsError if some are missing, damaged or of other shapes."""
+    folder = base_folder(cfg, weights=True)
+    try:
+        base, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device or default_device()},
+            trust_remote_code=cfg.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
+        raise
+    except Exception as error:  # a file of weights may hold anything
+        raise SettingsError(
+            f"model.name={cfg.name}: {unloadable('its weights', error)}; if a file is damaged, download it again: "
+            f"hf download --force-download {cfg.name}"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise SettingsError(
+            f"model.name={cfg.name}: its weights lack {len(missing)} tensors, such as {missing[0]}; they are not of "
+            "the model that its config.json describes"
+        )
+    return base
 
 
 def load_cached(cfg: ModelConfig, device: str | None) -> Any:
@@ -205,24 +431,23 @@ def load_cached(cfg: ModelConfig, device: str | None) -> Any:
             base.save_pretrained(whole)
             write_digests(whole)
             if entry.is_dir() and (torn := torn_files(entry)):
-                log.warning("%s: %s changed since it was written; made anew", entry, ", ".join(torn))
+                log.warning("%s: %s changed since it was written; rebuilt", entry, ", ".join(torn))
                 entry.rename(old)
             with contextlib.suppress(OSError):  # another process was first
                 whole.rename(entry)
-    except Exception as error:  # a full disk, a folder that can not be written: the model is here all the same
+    except Exception as error:  # a full disk, a folder that cannot be written: the model is here all the same
         log.warning("model.cache_folder=%s: the quantized model is not kept (%s)", cfg.cache_folder, error)
     return base
 
 
 def cache_key(cfg: ModelConfig) -> str:
     """A name for a quantized model: which weights, how quantized, by which library."""
-    folder = local_path(cfg.name)
-    weights: list[Any]
-    if folder:  # its weights can change in place
+    folder = base_folder(cfg, weights=True)
+    weights: list[Any] = [cfg.name, folder.name]  # the Hub's folders are named by their commits
+    if local_path(cfg.name):  # these can change in place
         weights = sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in folder.iterdir())
-    else:
-        weights = [getattr(read_config(cfg), "_commit_hash", None)]
-    facts = [source_of(cfg.name), weights, cfg.quantization, bitsandbytes.__version__, transformers.__version__]
+        weights.append(str(folder))
+    facts = [weights, cfg.quantization, bitsandbytes.__version__, transformers.__version__]
     return f"{Path(cfg.name).name}-{cfg.quantization}bit-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
 
@@ -232,16 +457,36 @@ def default_device() -> str:
 
 def add_adapter(base: Any, cfg: ModelConfig) -> PeftModel:
     """`base` with a new, trainable float32 adapter; the base weights stay as they are, in place."""
-    model = get_peft_model(base, lora_config(cfg))
+    model = get_peft_model(base, lora_config(cfg, base))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    return fit_saved_modules(model)
+
+
+def fit_saved_modules(model: PeftModel) -> PeftModel:
+    """Let whole modules that an adapter trains (`modules_to_save`), which are float32, work among bfloat16 layers."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            kind = next(module.original_module.parameters()).dtype
+            for trained in module.modules_to_save.values():
+                trained.register_forward_pre_hook(functools.partial(cast_inputs, trained))
+                trained.register_forward_hook(functools.partial(cast_output, kind))
     return model
+
+
+def cast_inputs(trained: torch.nn.Module, _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    kind = next(trained.parameters()).dtype
+    return tuple(value.to(kind) if torch.is_floating_point(value) else value for value in inputs)
+
+
+def cast_output(kind: torch.dtype, _: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.to(kind)
 
 
 def trainable_state(model: PeftModel) -> dict[str, torch.Tensor]:
     trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    return get_peft_model_state_dict(model, state_dict=trainable)
+    return get_peft_model_state_dict(model, state_dict=trainable, save_embedding_layers=False)  # else it asks the Hub
 
 
 def get_adapter(model: PeftModel) -> Adapter:

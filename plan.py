@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from jinja2 import TemplateError
 
+import hub
 import model as adapters
 from config import RunConfig, SettingsError, check_budget, share_of
 from dataset import (
@@ -46,18 +47,20 @@ def check_names(config: RunConfig) -> None:
         raise SettingsError(f"train.training_arguments: {adapters.first_sentence(error)}") from error
 
 
+def check_model(config: RunConfig) -> tuple[Any, str]:
+    """The base model's tokenizer and the chat template. Raises SettingsError if they, or the adapter, do not fit it."""
+    adapters.adapter_plan(config.model, adapters.read_config(config.model))
+    tokenizer = adapters.read_tokenizer(config.model)
+    return tokenizer, read_template(config.dataset, tokenizer)
+
+
 def check_inputs(config: RunConfig) -> tuple[str, dict[str, Any]]:
     """Load what the clients will need besides weights, once; returns the chat template, and what tells data apart.
 
     Raises:
         SettingsError: if model, tokenizer or data are missing, do not fit, or are too few for the clients.
     """
-    base = adapters.read_config(config.model)
-    if not weights_present(config):
-        raise SettingsError(f"model.name={config.model.name}: this folder has no weights (*.safetensors or *.bin)")
-    adapters.adapter_shapes(base, adapters.lora_config(config.model))
-    tokenizer = adapters.read_tokenizer(config.model)
-    template = read_template(config.dataset, tokenizer)
+    tokenizer, template = check_model(config)
     rows = load_rows(config.dataset)
     try:
         tokenize_rows(rows.select(range(1)), tokenizer, template, config.train.seq_length)
@@ -92,11 +95,6 @@ def data_facts(rows: Dataset) -> dict[str, Any]:
     return {"rows": len(rows), "sha256_of_sample": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def weights_present(config: RunConfig) -> bool:
-    folder = local_path(config.model.name)
-    return folder is None or any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
-
-
 def plan(config: RunConfig, folder: Path) -> dict[str, str]:
     """What the run will do and take, for people; what only the network could tell is said to be unknown."""
     steps = config.train.training_arguments["max_steps"]
@@ -127,7 +125,7 @@ def plan(config: RunConfig, folder: Path) -> dict[str, str]:
 def describe_evaluation(config: RunConfig) -> str:
     dataset, share, parts = config.dataset, config.sampling.fraction_evaluate, []
     if dataset.eval_name:
-        if local_path(dataset.eval_name) or Path(dataset.eval_name).suffix:
+        if local_rows(dataset.eval_name, "dataset.eval_name"):
             load_eval_rows(dataset)
         parts.append(f"of {dataset.eval_name} before and after the run and every {config.evaluate.every_rounds} rounds")
     if share:
@@ -139,7 +137,7 @@ def describe_evaluation(config: RunConfig) -> str:
 def describe_checkpoints(config: RunConfig) -> str:
     count = -(-config.num_rounds // config.train.save_every_round)
     kept = min(count, config.train.keep_checkpoints or count)
-    best = " and whenever the held-out loss is lowest" if describe_evaluation(config) else ""
+    best = " and whenever the held-out loss is lowest" if config.is_measured else ""
     return (
         f"every {config.train.save_every_round} rounds{best}; {kept} of {count} kept{', and the best' if best else ''}"
     )
@@ -155,13 +153,12 @@ def describe_data(config: RunConfig) -> str:
 
 
 def plan_sizes(config: RunConfig) -> dict[str, str]:
-    """Adapter, traffic and memory, as far as the shapes are to be had offline."""
-    try:
-        size = sizes(adapters.read_config(config.model, offline=True), config)
-    except SettingsError as error:
-        if local_path(config.model.name):
-            raise error
+    """Adapter, traffic and memory, if the base model's shapes are on this machine; then its tokenizer fits too."""
+    if hub.cached_model(config.model.name) is None:
         return dict.fromkeys(("adapter", "bytes down and up", "memory of a step"), UNKNOWN)
+    size = sizes(adapters.read_config(config.model, offline=True), config)
+    if local_path(config.model.name):  # of the Hub's there may be only a part
+        read_template(config.dataset, adapters.read_tokenizer(config.model, offline=True))
     where, free = free_memory()
     check_budget(config, size.payload_bytes, size.once_bytes)
     rounds, sent, returned = traffic(config, size)

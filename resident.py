@@ -23,7 +23,10 @@ from typing import Any
 
 from flwr.app import Error, Message, RecordDict
 
+from config import RunError, SettingsError
+
 CLIENT_ERROR = 1  # Error.code of a reply that carries a client's traceback
+SETTINGS_ERROR = 3  # of one that says in a line what has to be changed, which no other try would
 SOCKET_VARIABLE, KEY_VARIABLE = "FLOWERTUNE_WORKER", "FLOWERTUNE_WORKER_KEY"
 PARTITIONERS = re.compile(r"flwr_datasets\.partitioner\.[A-Z]\w*")
 # KEY=VALUE of this suite: no hydra.* and no ${...}, which could read this machine's files and environment
@@ -32,9 +35,15 @@ CONNECT_S = 60.0
 
 
 def replied(message: Message, work: Callable[[], RecordDict]) -> Message:
-    """The reply to `message` with what `work` returns, or with the traceback of what it raises."""
+    """The reply to `message` with what `work` returns, or with what it raises: a line, or a traceback."""
     try:
         return Message(work(), reply_to=message)
+    except SettingsError as error:
+        logging.getLogger(__name__).error("%s", error)
+        return Message(Error(SETTINGS_ERROR, str(error)), reply_to=message)
+    except RunError as error:
+        logging.getLogger(__name__).error("%s", error)
+        return Message(Error(CLIENT_ERROR, str(error)), reply_to=message)
     except Exception:  # whatever it is, the server must learn of it
         logging.getLogger(__name__).exception("client failed")
         return Message(Error(CLIENT_ERROR, traceback.format_exc()), reply_to=message)
@@ -44,7 +53,8 @@ def call(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> An
     """The RecordDict with which the handler `name` of client.py answers `content` on this node.
 
     Raises:
-        RuntimeError: with the worker's traceback, if the handler failed.
+        SettingsError, RunError: as the handler raised it, with one line.
+        RuntimeError: with the worker's traceback, if the handler failed otherwise.
         ConnectionError, EOFError: if the worker is gone; its launcher starts another.
     """
     if SOCKET_VARIABLE not in os.environ:
@@ -53,7 +63,7 @@ def call(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> An
         connection.send((name, overrides, dict(node), content))
         succeeded, result = connection.recv()
     if not succeeded:
-        raise RuntimeError(result)
+        raise result if isinstance(result, SettingsError | RunError) else RuntimeError(result)
     return result
 
 
@@ -91,7 +101,7 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
         SettingsError: if the server asks for more.
     """
     from compose import compose
-    from config import HUB_ID, SHIPPED_NAMES, SettingsError
+    from config import HUB_ID, SHIPPED_NAMES
     from runfolder import RESUME
     from utils import shipped_path
 
@@ -158,9 +168,12 @@ def serve(socket: str, key: bytes) -> None:
 def answer(connection: Connection) -> None:
     name, overrides, node, content = connection.recv()
     start = time.perf_counter()
+    reply: tuple[bool, Any]
     try:
         reply = True, work(name, overrides, node, content)
         said = "".join(f", {key} {value:.6g}" for key, value in shown(reply[1]))
+    except (SettingsError, RunError) as error:
+        reply, said = (False, error), f", failed: {error}"
     except Exception:  # the caller reports it
         reply = False, traceback.format_exc()
         said = f", failed: {reply[1].strip().splitlines()[-1]}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import model
 import plan
 import runfolder
 from client import Site
@@ -41,6 +42,8 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float
         tracker = start_tracker(config, folder)
         if tracker:
             stack.callback(tracker.finish)
+        plan.check_model(config)  # before gigabytes of weights are downloaded
+        model.base_folder(config.model, weights=not config.ray.address)  # a cluster's machines download it themselves
         grid = stack.enter_context(worker_grid(Site(config, False, cache, folder / "main.log")))
         template, data = plan.check_inputs(config)  # while the workers load the base model
         runfolder.check_data(folder, data)

@@ -23,7 +23,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from hydra.utils import get_class
-from peft import LoraConfig
 from safetensors import SafetensorError
 
 import checkpoint
@@ -51,6 +50,7 @@ from guard import (
 )
 from model import Adapter
 from plots import plot_loss
+from resident import SETTINGS_ERROR
 from runfolder import METRICS_FILE, RESULTS_FILE, folder_of, rounds_in
 from transfer import to_record
 from utils import (
@@ -147,8 +147,7 @@ class Federation:
     def __init__(self, config: RunConfig, folder: Path, template: str, progress: Progress) -> None:
         self.config, self.folder, self.template, self.progress = config, folder, template, progress
         self.strategy = make_strategy(config)
-        self.lora: LoraConfig = adapters.lora_config(config.model)
-        self.shapes = adapters.adapter_shapes(adapters.read_config(config.model), self.lora)
+        self.lora, self.shapes = adapters.adapter_plan(config.model, adapters.read_config(config.model))
         self.state = State(adapters.initial_adapter(self.shapes, self.lora, config.seed))
         self.initial = self.state.adapter
         self.sent: dict[int, Adapter] = {}  # by partition id: the adapter that the client was sent last
@@ -308,6 +307,7 @@ class Federation:
         """Let clients train until `min_replies` replies are good; returns these by client, and what was dropped.
 
         Raises:
+                SettingsError: if all clients say the same that has to be changed.
             RunError: if too few are good after `round_retries` more trials, with the first client's own traceback.
         """
         sampling = self.config.sampling
@@ -321,7 +321,10 @@ class Federation:
             messages = self.messages(
                 "train", round_number, chosen, self.state.adapter, **{"learning-rate": learning_rate}
             )
-            self.accept(round_number, chosen, self.clients.exchange(messages), good, dropped)
+            replies = self.clients.exchange(messages)
+            if not (good or trial) and (reason := same_refusal(replies, len(chosen))):
+                raise SettingsError(reason)
+            self.accept(round_number, chosen, replies, good, dropped)
             if len(good) >= sampling.min_replies:
                 return sorted(good.items()), dropped, trial
             if trial < sampling.round_retries:
@@ -647,6 +650,13 @@ class Federation:
             plot_loss(self.metrics, self.folder / PLOT_FILE, title)
             write_json(self.folder / RESULTS_FILE, summary)  # last: it says that the run is complete
         return summary
+
+
+def same_refusal(replies: Mapping[int, Message], count: int) -> str | None:
+    """What all of `count` clients say has to be changed, if it is the same: then no other try or client would help."""
+    errors = [reply.error for reply in replies.values() if reply.has_error()]
+    reasons = [str(error.reason) for error in errors if error.code == SETTINGS_ERROR]
+    return reasons[0] if len(reasons) == count and len(set(reasons)) == 1 else None
 
 
 def busiest_process(good: Sequence[tuple[int, Message]]) -> float:

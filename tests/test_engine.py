@@ -143,8 +143,8 @@ def test_killed_worker_is_replaced_and_no_process_outlives_the_driver(tmp_path):
 def test_worker_that_hangs_is_ended_and_replaced(tmp_path):
     with engine.worker_grid(Site(small(), log_file=tmp_path / "main.log")) as grid:
         worker = grid.workers[0]
-        first = Message(RecordDict(), 1, "query", ttl=60)
-        assert worker.answer(first, 0, 60.0).content["client"]["partition-id"] == 0
+        first = Message(RecordDict(), 1, "query", ttl=600)
+        assert worker.answer(first, 0, 600.0).content["client"]["partition-id"] == 0
         old = worker.process.pid
         os.kill(old, signal.SIGSTOP)  # alive, and silent: more than its pipe holds would block for ever
         large = ArrayRecord({"a": Array(np.zeros(1_000_000, np.float32))})
@@ -152,7 +152,7 @@ def test_worker_that_hangs_is_ended_and_replaced(tmp_path):
             worker.answer(Message(RecordDict({"arrays": large}), 1, "train"), 0, 1.0)
         assert worker.process.pid != old
         assert not Path(f"/proc/{old}").exists()
-        assert worker.answer(first, 0, 60.0).content["client"]["partition-id"] == 0
+        assert worker.answer(first, 0, 600.0).content["client"]["partition-id"] == 0
 
 
 def test_absent_ray_cluster_is_named():

@@ -5,12 +5,14 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import model as adapters
 import plan
 from compose import compose
+from config import SettingsError
 from tests.conftest import small
 
 OPEN_LLAMA = {  # name: shapes, bytes of the float32 adapter with r=32 on q_proj and v_proj
@@ -130,7 +132,7 @@ def logits_of(base) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("quantization", ["4", "8"])
-def test_cached_base_model_is_bit_equal_and_made_anew_when_torn(quantization, tmp_path, caplog):
+def test_cached_base_model_is_bit_equal_and_rebuilt_when_torn(quantization, tmp_path, caplog):
     cfg = quickstart(quantization, f"model.cache_folder={tmp_path}")
     fresh = logits_of(adapters.load_base(quickstart(quantization), "cpu"))
     assert torch.equal(logits_of(adapters.load_base(cfg, "cpu")), fresh)
@@ -145,7 +147,7 @@ def test_cached_base_model_is_bit_equal_and_made_anew_when_torn(quantization, tm
     content[-100] ^= 1
     weights.write_bytes(content)
     assert torch.equal(logits_of(adapters.load_base(cfg, "cpu")), fresh)
-    assert "changed since it was written; made anew" in caplog.text
+    assert "changed since it was written; rebuilt" in caplog.text
     assert adapters.torn_files(entry) == []
     assert [path.name for path in tmp_path.iterdir()] == [entry.name]
 
@@ -173,3 +175,134 @@ def test_two_processes_may_fill_the_cache_at_the_same_time(tmp_path):
     assert [process.wait(120) for process in both] == [0, 0]
     [entry] = tmp_path.iterdir()
     assert adapters.torn_files(entry) == []
+
+
+# --- where LoRA goes, in other people's models ----------------------------------------------------
+
+TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+
+
+def other(name: str):
+    """The configuration of a tiny model of another kind."""
+    kinds = {
+        "phi3": lambda: transformers.Phi3Config(**TINY, pad_token_id=0),
+        "pythia": lambda: transformers.GPTNeoXConfig(**TINY),
+        "gpt2": lambda: transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300),
+        "qwen3": lambda: transformers.Qwen3Config(**TINY, head_dim=16),
+        "gemma3": lambda: transformers.Gemma3Config(
+            text_config=TINY | {"head_dim": 16}, vision_config=VISION | {"patch_size": 14}
+        ),
+    }
+    return kinds[name]()
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "tensors"),
+    [
+        ("phi3", {"qkv_proj"}, 4),  # layers x projections x (A and B)
+        ("pythia", {"query_key_value"}, 4),
+        ("gpt2", {"c_attn"}, 4),
+        ("qwen3", {"q_proj", "v_proj"}, 8),
+        ("gemma3", {"q_proj", "v_proj"}, 8),
+    ],
+)
+def test_default_targets_are_the_attention_projections_of_the_language_model(kind, targets, tensors):
+    lora, shapes = adapters.adapter_plan(compose().model, other(kind))
+    assert lora.target_modules == targets
+    assert len(shapes) == tensors
+    assert not [name for name in shapes if "vision" in name or "projector" in name]
+
+
+def test_towers_get_no_adapter_even_where_every_linear_layer_does():
+    cfg = compose(["model.lora.target_modules=all-linear"]).model
+    _, shapes = adapters.adapter_plan(cfg, other("gemma3"))
+    assert {name.split(".")[3] for name in shapes} == {"language_model"}
+    assert {name.split(".")[-3] for name in shapes} >= {"q_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("targets", ["[q_proj]", "[qkv_proj,v_proj]"])
+def test_target_that_a_model_lacks_is_answered_with_what_it_has(targets):
+    cfg = compose([f"model.lora.target_modules={targets}"]).model
+    with pytest.raises(SettingsError, match="no such module; it has down_proj, gate_up_proj, .*o_proj, qkv_proj"):
+        adapters.adapter_plan(cfg, other("phi3"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.lora.target_modules=[lm_head]", "would never be trained"),
+        ("+model.lora.trainable_token_indices=[3]", "trainable_token_indices=.*cannot be trained here"),
+        ("+model.lora.ensure_weight_tying=true", "ensure_weight_tying=True: cannot be trained here"),
+        ("+model.lora.alora_invocation_tokens=[3]", "alora_invocation_tokens=.*cannot be trained here"),
+    ],
+)
+def test_lora_options_that_would_train_nothing_are_refused_before_the_start(override, message):
+    with pytest.raises(SettingsError, match=message):
+        adapters.adapter_plan(small(override).model, adapters.read_config(small().model))
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_whole_modules_are_trained_in_float32_among_bfloat16_layers(saved):
+    cfg = quickstart("4", f"+model.lora.modules_to_save=[{saved}]")
+    model = adapters.add_adapter(adapters.load_base(cfg, "cpu"), cfg)
+    kinds = {p.dtype for name, p in model.named_parameters() if p.requires_grad and saved in name}
+    assert kinds == {torch.float32}
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits
+        with model.disable_adapter():
+            assert torch.allclose(logits.float(), model(input_ids=ids).logits.float(), atol=0.05)  # bfloat16 rounding
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad and saved in name)
+
+
+# --- bases that are quantized already -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_base_that_is_stored_quantized_needs_that_setting_and_keeps_its_bits(bits, tmp_path):
+    folder = tmp_path / "stored"
+    adapters.load_base(quickstart(bits), "cpu").save_pretrained(folder)
+    AutoTokenizer.from_pretrained("quickstart/model").save_pretrained(folder)
+    for asked in {"4", "8", "none"} - {bits}:
+        cfg = quickstart(asked, f"model.name={folder}")
+        with pytest.raises(SettingsError, match=f"is stored in {bits} bits; set model.quantization={bits}"):
+            adapters.read_config(cfg)
+    stored = quickstart(bits, f"model.name={folder}")
+    assert torch.equal(
+        logits_of(adapters.load_base(stored, "cpu")), logits_of(adapters.load_base(quickstart(bits), "cpu"))
+    )
+
+
+def test_base_of_another_quantization_method_is_refused(tmp_path):
+    base = adapters.read_config(quickstart())
+    base.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(SettingsError, match=r"is stored quantized \(gptq\); .*name the unquantized model"):
+        adapters.stored_bits("a/b", base)
+
+
+def test_weights_that_lack_tensors_or_are_torn_get_one_line(tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "model"
+    shutil.copytree("quickstart/model", copy)
+    cfg, file = quickstart("none", f"model.name={copy}"), copy / "model.safetensors"
+    whole = load_file(file)
+    save_file({name: value for name, value in whole.items() if "layers.1." not in name}, file, {"format": "pt"})
+    with pytest.raises(SettingsError, match=r"its weights lack \d+ tensors, such as model.layers.1"):
+        adapters.load_base(cfg, "cpu")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SettingsError, match="its weights cannot be loaded") as raised:
+        adapters.load_base(cfg, "cpu")
+    assert "\n" not in str(raised.value)
+
+
+def test_adapter_of_a_local_model_notes_a_path_that_holds_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert adapters.lasting_name("mine") == str(tmp_path / "mine")
+    assert adapters.lasting_name("quickstart/model") == "quickstart/model"
+    assert adapters.lasting_name("openlm-research/open_llama_7b_v2") == "openlm-research/open_llama_7b_v2"

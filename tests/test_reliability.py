@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from safetensors.numpy import load_file
 
@@ -30,6 +30,7 @@ from compose import resumed
 from config import SettingsError
 from dataset import load_rows
 from guard import outliers
+from resident import SETTINGS_ERROR
 from strategy import RunError
 from tests.conftest import (
     Clients,
@@ -616,6 +617,49 @@ def test_run_below_its_quorum_ends_and_keeps_the_rounds_before(tmp_path):
     assert outcome(tmp_path) == outcome(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_every_client_wants_changed_ends_the_run_after_one_try(alike, tmp_path):
+    class Refusing(Clients):
+        asked = 0
+
+        def __call__(self, message, context):
+            if message.metadata.message_type != "train":
+                return super().__call__(message, context)
+            self.asked += 1
+            reason = "model.name=x: its weights are damaged" if alike else f"its own disk {self.asked} is full"
+            return Message(Error(SETTINGS_ERROR, reason), reply_to=message)
+
+    config = small(*SIX, "strategy.round_retries=2")
+    clients = Refusing(config)
+    with pytest.raises(SettingsError if alike else RunError) as raised:
+        play(config, tmp_path, clients)
+    assert clients.asked == config.clients_per_round * (1 if alike else 3)
+    assert ("\n" in str(raised.value)) == (not alike)
+    assert str(raised.value).startswith("model.name=x: its weights" if alike else "round 1: not one valid reply")
+
+
+def test_client_that_is_downloading_is_waited_for_and_named(tmp_path):
+    class Downloading(Clients):
+        asked = 0
+
+        def __call__(self, message, context):
+            reply = super().__call__(message, context)
+            if message.metadata.message_type.startswith("query") and context.node_config["partition-id"] == 3:
+                self.asked += 1
+                if self.asked < 4:
+                    reply.content["client"]["loading"] = "openlm-research/open_llama_7b_v2"
+            return reply
+
+    config = small(*SIX)
+    federation = make_federation(config, tmp_path)
+    said = []
+    federation.progress.say = said.append
+    clients = Downloading(config)
+    federation.run(LocalGrid(clients, 8))
+    assert clients.asked == 4
+    assert said.count("1 of 8 clients are downloading openlm-research/open_llama_7b_v2") == 1
+
+
 def test_strategy_that_can_not_aggregate_is_named(tmp_path):
     config = small(*SIX, "strategy._target_=flwr.serverapp.strategy.Bulyan", "strategy.num_malicious_nodes=2")
     with pytest.raises(RunError, match="round 1: Bulyan (can not aggregate|made no adapter of) 4 replies"):
@@ -791,7 +835,7 @@ def test_first_signal_keeps_the_last_whole_round_and_says_how_to_go_on(number, c
     wait_for(run, "round 2/")
     workers = children(run.pid)
     run.send_signal(number)
-    output, _ = run.communicate(timeout=30)
+    output, _ = run.communicate(timeout=300)
     assert run.returncode == code, output
     assert "Traceback" not in output
     assert f"to go on: python main.py resume={tmp_path}" in output
@@ -868,6 +912,7 @@ def killed_and_resumed(folder: Path, arguments: list[str], moments: list[float])
     return json.loads((folder / "results.json").read_text())["adapter_sha256"]
 
 
+@pytest.mark.slow
 def test_run_killed_at_three_moments_ends_with_the_adapter_of_one_that_was_not(uninterrupted, tmp_path, capsys):
     rng = random.Random()
     moments = [rng.uniform(3, 12) for _ in range(3)]
