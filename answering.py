@@ -26,9 +26,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, TextStreamer, set_seed
 
 import model as adapters
-from config import DatasetConfig, ModelConfig, SettingsError
+from config import DatasetConfig, ModelConfig, RunError, SettingsError
 from dataset import as_message, encode_prompt, find_template, load_rows, on_one_day, own_template, tokenize_rows
 from evaluation import HeldOut, figures, generate, held_out, score
+from hub import LFS_POINTER
 from runfolder import folder_of, rounds_in
 from utils import DIGESTS_FILE, file_sha256, local_path, quiet_transformers, shortened, torn_files, write_json
 
@@ -217,37 +218,45 @@ def told_of(checkpoint: Path) -> Iterator[None]:
         raise SettingsError(words if words.startswith(mark) else mark + words) from error
 
 
-def read_tensors(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def weights_file(checkpoint: Path) -> Path:
+    """Where the adapter's tensors are, in the order in which PEFT looks for them."""
+    for name in (adapters.ADAPTER_FILE, PICKLED_FILE):
+        if os.path.exists(checkpoint / name):
+            return checkpoint / name
+    raise SettingsError(
+        f"--peft-path={checkpoint}: has no {adapters.ADAPTER_FILE} (or {PICKLED_FILE}); copy the adapter again"
+    )
+
+
+def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The adapter's tensors with their names. A pickle is read as data only: it cannot run code."""
-    if os.path.exists(checkpoint / adapters.ADAPTER_FILE):  # in the order in which PEFT looks for them
-        with safe_open(checkpoint / adapters.ADAPTER_FILE, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+    with file.open("rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError("it is a pointer of git-LFS, not the file: run `git lfs pull` there")
+    if file.name == PICKLED_FILE:
+        yield from torch.load(file, map_location="cpu", weights_only=True).items()
     else:
-        yield from torch.load(checkpoint / PICKLED_FILE, map_location="cpu", weights_only=True).items()
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_tensor(name)
 
 
 def tensor_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the adapter's tensors. Raises SettingsError if they cannot be read, or are not finite."""
-    names = [name for name in (adapters.ADAPTER_FILE, PICKLED_FILE) if os.path.exists(checkpoint / name)]
-    if not names:
-        raise SettingsError(
-            f"--peft-path={checkpoint}: has no {adapters.ADAPTER_FILE} (or {PICKLED_FILE}); copy the adapter again"
-        )
-    shapes = {}
+    file, shapes = weights_file(checkpoint), {}
     try:
-        for name, tensor in read_tensors(checkpoint):
+        for name, tensor in read_tensors(file):
             if not torch.isfinite(tensor.float()).all():
                 raise ValueError(f"{name} is not finite: its training diverged")
             shapes[name] = tuple(tensor.shape)
     except pickle.UnpicklingError as error:
         raise SettingsError(
-            f"--peft-path={checkpoint}: {names[0]} is damaged, or holds more than tensors and could run code; "
+            f"--peft-path={checkpoint}: {file.name} is damaged, or holds more than tensors and could run code; "
             "copy the adapter again, or save it as safetensors where you trust it"
         ) from error
     except Exception as error:  # a torn file can raise anything
         raise SettingsError(
-            f"--peft-path={checkpoint}: {names[0]} cannot be read ({shortened(error, 200)}); copy the adapter again"
+            f"--peft-path={checkpoint}: {file.name} cannot be read ({shortened(error, 200)}); copy the adapter again"
         ) from error
     return shapes
 
@@ -355,6 +364,20 @@ def choose_template(name: str | None, checkpoint: Path, tokenizer: Any) -> str:
         raise SettingsError(f"--template={file}: cannot be read ({error}); use a text file in UTF-8") from error
 
 
+@contextmanager
+def templated(options: argparse.Namespace) -> Iterator[None]:
+    """Answer a template that fails, which is a program, with one line."""
+    try:
+        yield
+    except SettingsError as error:
+        raise SettingsError(str(error).replace("dataset.template", "--template")) from error
+    except Exception as error:
+        raise SettingsError(
+            f"--template={options.template or 'of the adapter'}: makes no prompt ({shortened(error, 200)}); "
+            "choose another, such as --template=alpaca"
+        ) from error
+
+
 # --- load -----------------------------------------------------------------------------------------
 
 
@@ -379,13 +402,7 @@ class Answerer:
         self.tokenizer = self.tuned.tokenizer
         self.template = choose_template(options.template, checkpoint, self.tokenizer)
         self.name = f"{checkpoint.resolve().name}, quantization {self.tuned.cfg.quantization}"
-        try:
-            self.prompt([as_message({"instruction": "x"})])
-        except Exception as error:  # a template is a program
-            raise SettingsError(
-                f"--template={options.template or 'of the adapter'}: makes no prompt ({shortened(error, 200)}); "
-                "choose another, such as --template=alpaca"
-            ) from error
+        self.prompt([as_message({"instruction": "x"})])
 
     @functools.cached_property
     def model(self) -> Any:
@@ -407,7 +424,8 @@ class Answerer:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        return encode_prompt(self.tokenizer, self.template, messages)
+        with templated(self.options):
+            return encode_prompt(self.tokenizer, self.template, messages)
 
     def generate(self, prompts: Sequence[list[int]], streamer: Any = None) -> list[list[int]]:
         """New token ids after each prompt, up to and without EOS."""
@@ -559,10 +577,11 @@ def evaluate(answerer: Answerer, options: argparse.Namespace) -> None:
     cfg = DatasetConfig(name=options.evaluate, split=options.split, category_column=options.category_column)
     try:
         rows = load_rows(cfg)
-    except SettingsError as error:
+    except (SettingsError, RunError) as error:
         words = str(error).replace("dataset.name=", "--evaluate=").replace("dataset.split=", "--split=")
-        raise SettingsError(words) from error
-    partition = tokenize_rows(rows, answerer.tokenizer, answerer.template, options.seq_length)
+        raise type(error)(words) from error
+    with templated(options):
+        partition = tokenize_rows(rows, answerer.tokenizer, answerer.template, options.seq_length)
     if not len(partition):
         raise SettingsError(f"--evaluate={options.evaluate}: none of its rows has an output")
     data = held_out(partition, np.arange(len(partition)), rows, cfg.category_column)

@@ -378,8 +378,9 @@ def load_fresh(cfg: ModelConfig, device: str | None) -> Any:
         "8": BitsAndBytesConfig(load_in_8bit=True),
         "none": None,
     }[cfg.quantization]
-    stored = stored_bits(cfg.name, read_config(cfg))
-    return load_weights(cfg, torch.bfloat16, device, quantization_config=None if stored else quantization)
+    if quantization is None or stored_bits(cfg.name, read_config(cfg)):  # None would overrule what is stored
+        return load_weights(cfg, torch.bfloat16, device)
+    return load_weights(cfg, torch.bfloat16, device, quantization_config=quantization)
 
 
 def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str | None = None, **options: Any) -> Any:

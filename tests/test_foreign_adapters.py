@@ -46,7 +46,7 @@ def make_adapter(folder: Path, base_folder: Path, *, new=(), rows=None, pickled=
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if not hasattr(layer, "base_layer"):  # under LoRA it is frozen
-                layer.weight += 0.05 * torch.randn(layer.weight.shape)
+                layer.weight.add_(0.05 * torch.randn(layer.weight.shape))
     model.save_pretrained(folder, save_embedding_layers=saved, safe_serialization=not pickled)
     return folder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import hub
-from config import SettingsError
+from config import RunError, SettingsError
 from tests.hub.repositories import build
 from tests.hub.server import LocalHub
 from utils import SUITE_FOLDER, read_json_lines
@@ -88,6 +88,81 @@ def test_dry_run_asks_nobody(repositories, tmp_path):
         assert code == 0, err
         assert "unknown without the network" in out
         assert local.requests == []
+
+
+@pytest.fixture
+def local(repositories, tmp_path, monkeypatch):
+    """The Hub of the tests, for this process, with an empty cache."""
+    with LocalHub(repositories) as server:
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        hub.forget()
+        yield server
+        hub.forget()
+
+
+def test_model_is_downloaded_once_and_then_asked_for_with_one_request(local, monkeypatch):
+    folder = hub.model_folder(MODEL, weights=True)
+    assert (folder / "tokenizer.model").is_file()
+    assert len(list(folder.glob("pytorch_model-*.bin"))) == 2
+    hub.forget()
+    before = len(local.requests)
+    assert hub.model_folder(MODEL, weights=True) == folder
+    assert [request.split("?")[0] for request in local.requests[before:]] == [f"GET /api/models/{MODEL}"]
+    hub.forget()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+    assert hub.model_folder(MODEL, weights=True) == folder
+
+
+def test_what_is_not_whole_in_the_cache_is_not_used(local, monkeypatch):
+    folder = hub.model_folder(MODEL, weights=False)
+    assert not list(folder.glob("*.bin"))
+    hub.forget()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub.model_folder(MODEL, weights=False) == folder
+    with pytest.raises(SettingsError, match=f"not whole in the cache .*hf download {MODEL}"):
+        hub.model_folder(MODEL, weights=True)
+
+
+def test_absent_and_gated_models_and_an_absent_hub_get_one_line(local, repositories, monkeypatch):
+    with pytest.raises(SettingsError, match="no such local folder, and no such model on the Hub"):
+        hub.model_folder("openlm-research/nothing", weights=True)
+    gate = repositories / "models" / MODEL / ".gated"
+    gate.write_text("hf_granted")
+    try:
+        with pytest.raises(SettingsError, match=f"access is granted on request; ask for it at {local.url}/{MODEL}"):
+            hub.model_folder(MODEL, weights=True)
+    finally:
+        gate.unlink()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(RunError, match="cannot be reached") as raised:
+        hub.model_folder(MODEL, weights=True)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_download_that_breaks_for_good_ends_in_one_line_and_goes_on_the_next_time(local):
+    local.break_at = 2_000_000
+    with pytest.raises(RunError, match="broke off .*what was downloaded is kept") as raised:
+        hub.model_folder(MODEL, weights=True)
+    assert "\n" not in str(raised.value)
+    local.break_at = 0
+    assert len(list(hub.model_folder(MODEL, weights=True).glob("pytorch_model-*.bin"))) == 2
+
+
+@pytest.mark.slow
+def test_every_family_trains_is_asked_and_merges(tmp_path):
+    from tests.hub.families import FAMILIES, MERGED_WITHIN, try_all
+
+    results = try_all(list(FAMILIES), tmp_path)
+    assert [result["family"] for result in results] == list(FAMILIES)
+    assert {result["family"]: result["merged"] for result in results if result["merged"] > MERGED_WITHIN} == {}
 
 
 FILES = {
