@@ -56,7 +56,7 @@ def test_main_command_trains_on_what_the_hub_holds_and_asks_it_only_at_the_start
         environment = local.environment(tmp_path / "home")
         process = start("main.py", environment, *SHORT, "num_rounds=3", f"hydra.run.dir={folder}")
         while process.poll() is None and not (folder / "metrics.jsonl").exists():
-            time.sleep(0.01)
+            time.sleep(0.2)
         asked_before_round_2 = len(local.requests)
         out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
