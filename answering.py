@@ -624,12 +624,16 @@ def merge(checkpoint: Path, options: argparse.Namespace) -> None:
     The sum is taken in float32: bfloat16 weights are too coarse for what an adapter adds.
     """
     tuned = find_tuned(checkpoint, options, merging=True)
+    if tuned.cfg.quantization != "none":
+        raise SettingsError(
+            f"--merge={options.merge}: the base model {tuned.cfg.name} is stored in {tuned.cfg.quantization} bits, and "
+            "a sum needs plain weights; put the unquantized model's name into base_model_name_or_path of the adapter's "
+            "adapter_config.json"
+        )
     tokenizer = tuned.tokenizer
     tokenizer.chat_template = choose_template(options.template, checkpoint, tokenizer)
     with told_of(checkpoint):
         base = adapters.load_weights(tuned.cfg, torch.float32)
-    if tuned.cfg.quantization != "none":  # it is stored so, and a sum needs plain weights
-        base = base.dequantize(torch.float32)
     model = tuned.load(base)
     untie(model)
     merged = model.merge_and_unload().to(getattr(torch, options.merge_dtype))

@@ -162,7 +162,9 @@ def test_every_family_trains_is_asked_and_merges(tmp_path):
 
     results = try_all(list(FAMILIES), tmp_path)
     assert [result["family"] for result in results] == list(FAMILIES)
-    assert {result["family"]: result["merged"] for result in results if result["merged"] > MERGED_WITHIN} == {}
+    merged = {result["repository"]: result["merged"] for result in results}
+    assert merged.pop("unsloth/Llama-3.2-1B-Instruct-bnb-4bit") is None  # refused: a sum needs plain weights
+    assert {name: apart for name, apart in merged.items() if apart is None or apart > MERGED_WITHIN} == {}
 
 
 FILES = {
