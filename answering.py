@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedConfig, TextStreamer, set_seed
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, TextStreamer, set_seed
 
 import model as adapters
 from config import DatasetConfig, ModelConfig, RunError, SettingsError
@@ -40,6 +40,7 @@ PREFIX = "base_model.model."  # of the names in an adapter, before the base mode
 PICKLED_FILE = "adapter_model.bin"  # as older versions of PEFT wrote it
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 OPTIONS = {  # what a setting is called here
+    "model.name": "--base",
     "model.quantization": "--quantization",
     "model.trust_remote_code=true": "--trust-remote-code",
     "dataset.template": "--template",
@@ -102,20 +103,22 @@ def read_object(checkpoint: Path, name: str) -> dict[str, Any]:
     raise SettingsError(f"--peft-path={checkpoint}: {name} cannot be read ({error}); copy the adapter again") from error
 
 
-def base_settings(checkpoint: Path, quantization: str | None, trust: bool = False) -> ModelConfig:
-    """The base model of an adapter, quantized as in training; unquantized if the adapter came from elsewhere."""
+def base_settings(
+    checkpoint: Path, quantization: str | None, trust: bool = False, chosen_base: str | None = None
+) -> ModelConfig:
+    """The base model of an adapter, quantized as in training; unquantized if the adapter came from elsewhere.
+
+    Args:
+        chosen_base: the name or folder to take in place of what the adapter notes.
+    """
     saved = read_object(checkpoint, adapters.ADAPTER_CONFIG_FILE)
     name, revision = saved.get("base_model_name_or_path"), saved.get("revision")
     where = f"--peft-path={checkpoint}: adapter_config.json has"
-    if not isinstance(name, str) or not name:
-        raise SettingsError(
-            f"{where} base_model_name_or_path={name}; put the name or the folder of the base model there"
-        )
-    base = find_base(name, checkpoint)
-    if revision not in (None, "", "main") and not local_path(base):
-        raise SettingsError(
-            f"{where} revision={revision}; download that one, and name its folder as the base model there"
-        )
+    if not chosen_base and (not isinstance(name, str) or not name):
+        raise SettingsError(f"{where} base_model_name_or_path={name}; name the base model with --base")
+    base = chosen_base or find_base(str(name), checkpoint)
+    if not chosen_base and revision not in (None, "", "main") and not local_path(base):
+        raise SettingsError(f"{where} revision={revision}; download that one, and name its folder with --base")
     state = read_object(checkpoint, "state.json") if os.path.isfile(checkpoint / "state.json") else {}
     chosen = quantization or state.get("quantization") or "none"
     if chosen not in ("4", "8", "none"):
@@ -187,7 +190,8 @@ def find_tuned(checkpoint: Path, options: argparse.Namespace, merging: bool = Fa
     Args:
         merging: the base model is wanted unquantized; one that is stored quantized as it is stored.
     """
-    lora, cfg = read_lora(checkpoint), base_settings(checkpoint, options.quantization, options.trust_remote_code)
+    lora = read_lora(checkpoint)
+    cfg = base_settings(checkpoint, options.quantization, options.trust_remote_code, options.base)
     shapes = tensor_shapes(checkpoint)
     with told_of(checkpoint):
         stored = adapters.stored_bits(cfg.name, adapters.described(cfg, adapters.base_folder(cfg)))
@@ -196,12 +200,12 @@ def find_tuned(checkpoint: Path, options: argparse.Namespace, merging: bool = Fa
         base = adapters.read_config(cfg)
         is_own = any(os.path.exists(checkpoint / name) for name in TOKENIZER_FILES)
         tokenizer = read_own_tokenizer(checkpoint, base) if is_own else adapters.read_tokenizer(cfg)
-        known, embeddings = base.get_text_config().vocab_size, embedding_names(base)
+        known, embeddings = base.get_text_config().vocab_size, embedding_names(base, cfg.trust_remote_code)
         rows = rows_needed(shapes, embeddings, known, tokenizer, is_own)
         adapters.check_tokenizer(str(checkpoint), tokenizer, rows)
         base.get_text_config().vocab_size = rows
         lora = with_embeddings(lora, shapes, embeddings)
-        check_shapes(cfg, shapes, expected_shapes(base, lora), embeddings)
+        check_shapes(cfg, shapes, expected_shapes(base, lora, cfg.trust_remote_code), embeddings)
     return Tuned(checkpoint, cfg, lora, tokenizer, rows if rows != known else None)
 
 
@@ -232,7 +236,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The adapter's tensors with their names. A pickle is read as data only: it cannot run code."""
     with file.open("rb") as opened:
         if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError("it is a pointer of git-LFS, not the file: run `git lfs pull` there")
+            raise ValueError("it is a Git LFS pointer, not the file itself: run `git lfs pull` there")
     if file.name == PICKLED_FILE:
         yield from torch.load(file, map_location="cpu", weights_only=True).items()
     else:
@@ -276,9 +280,9 @@ def read_own_tokenizer(checkpoint: Path, base: PreTrainedConfig) -> Any:
     return tokenizer
 
 
-def embedding_names(base: PreTrainedConfig) -> list[str]:
+def embedding_names(base: PreTrainedConfig, code: bool) -> list[str]:
     """The modules with a row for each token: input and output embeddings."""
-    empty = adapters.empty_model(base)
+    empty = adapters.empty_model(base, code)
     layers = (empty.get_input_embeddings(), empty.get_output_embeddings())
     return [name for name, module in empty.named_modules() if any(module is layer for layer in layers)]
 
@@ -319,13 +323,13 @@ def with_embeddings(lora: LoraConfig, shapes: Mapping[str, Any], embeddings: Seq
     return lora
 
 
-def expected_shapes(base: PreTrainedConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(base: PreTrainedConfig, lora: LoraConfig, code: bool) -> dict[str, tuple[int, ...]]:
     """What PEFT saves of an adapter with these settings. Raises SettingsError if it cannot make one in this model."""
     chosen = copy.deepcopy(lora)
     chosen.init_lora_weights = True  # others, such as PiSSA, need the weights
     try:
         with torch.device("meta"):
-            model = get_peft_model(adapters.empty_model(base), chosen)
+            model = get_peft_model(adapters.empty_model(base, code), chosen)
         saved = get_peft_model_state_dict(model, model.state_dict(), save_embedding_layers=False)
     except Exception as error:  # a field may hold anything
         raise SettingsError(f"adapter_config.json does not fit the base model ({shortened(error, 200)})") from error
@@ -552,7 +556,7 @@ def writing(option: str, path: Path) -> Iterator[None]:
 def answer_all(
     answerer: Answerer, options: argparse.Namespace, questions: Sequence[dict[str, Any]], done: int = 0
 ) -> None:
-    """Answer --questions in batches, a line each to --output, in their order; goes on behind what is there."""
+    """Answer --questions in batches, a line each to --output, in their order; continues after what is there."""
     from rich.progress import track
 
     batches, made_by = range(done, len(questions), options.batch_size), {"made_by": answerer.made_by}
@@ -627,21 +631,30 @@ def merge(checkpoint: Path, options: argparse.Namespace) -> None:
     if tuned.cfg.quantization != "none":
         raise SettingsError(
             f"--merge={options.merge}: the base model {tuned.cfg.name} is stored in {tuned.cfg.quantization} bits, and "
-            "a sum needs plain weights; put the unquantized model's name into base_model_name_or_path of the adapter's "
-            "adapter_config.json"
+            "a sum needs plain weights; name the unquantized model with --base"
         )
     tokenizer = tuned.tokenizer
     tokenizer.chat_template = choose_template(options.template, checkpoint, tokenizer)
     with told_of(checkpoint):
-        base = adapters.load_weights(tuned.cfg, torch.float32)
+        base = adapters.load_weights(tuned.cfg, torch.float32, "cpu")
     model = tuned.load(base)
     untie(model)
     merged = model.merge_and_unload().to(getattr(torch, options.merge_dtype))
-    merged.generation_config.eos_token_id = sorted(adapters.end_ids(tokenizer))
+    merged.generation_config = generation_settings(merged.generation_config, sorted(adapters.end_ids(tokenizer)))
     with writing("merge", options.merge):
         merged.save_pretrained(options.merge)
         tokenizer.save_pretrained(options.merge)
     print(f"merged model: {options.merge}")
+
+
+def generation_settings(base: GenerationConfig, ends: list[int]) -> GenerationConfig:
+    """The base model's settings of generation with `ends`, or nothing but those if its own contradict each other."""
+    base.eos_token_id = ends
+    try:
+        base.validate(strict=True)
+    except ValueError:  # as with a temperature and no sampling: transformers reads such a file, and writes none
+        return GenerationConfig(bos_token_id=base.bos_token_id, eos_token_id=ends)
+    return base
 
 
 def untie(model: Any) -> None:

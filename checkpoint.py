@@ -83,7 +83,7 @@ def save(
 
 
 def load(run_folder: Path, round_number: int, strategy: Strategy, shapes: Mapping[str, tuple[int, ...]]) -> State:
-    """The state after `round_number`; `strategy` is put into its own state of then.
+    """The state after `round_number`; `strategy` is put into its own state at that round.
 
     Raises:
         ValueError: if the checkpoint is damaged, or of another adapter or strategy.
@@ -108,8 +108,8 @@ def newest(
     """The newest state of at most `most` rounds whose checkpoint is whole. One that is damaged is set aside.
 
     Raises:
-        OSError, MemoryError: if a file can not be read now; that is no damage.
-        SettingsError: if the strategy's own state can not be had back.
+        OSError, MemoryError: if a file cannot be read now; that is no damage.
+        SettingsError: if the strategy's own state cannot be restored.
     """
     for number in (number for number in rounds_in(run_folder) if number <= most):
         try:
@@ -118,9 +118,7 @@ def newest(
             raise
         except Exception as error:  # a damaged file can raise anything
             folder = folder_of(run_folder, number)
-            warn(
-                f"{folder.name} can not be used ({error}); it is now {folder.name}.damaged, and the one before is used"
-            )
+            warn(f"{folder.name} cannot be used ({error}); it is now {folder.name}.damaged, and the one before is used")
             shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
             folder.rename(folder.with_suffix(".damaged"))
     return None
@@ -133,7 +131,7 @@ def prune(run_folder: Path, keep: int | None, best: int | None, spare: Collectio
         spare: rounds that were only saved because they were the best for a while.
 
     Raises:
-        OSError: if a folder can not be removed.
+        OSError: if a folder cannot be removed.
     """
     rounds = rounds_in(run_folder)
     kept = [number for number in rounds if number != best and (number == rounds[0] or number not in spare)][:keep]
@@ -152,7 +150,7 @@ def point_to(run_folder: Path, best: int | None) -> None:
         beside.symlink_to(folder_of(run_folder, best).name)
         beside.replace(link)
     except OSError as error:  # a file system without links: results.json says it too
-        log.warning("%s can not point to round %s (%s)", link, best, error)
+        log.warning("%s cannot point to round %s (%s)", link, best, error)
 
 
 # --- the state of any Flower strategy -------------------------------------------------------------
@@ -172,7 +170,7 @@ def strategy_state(strategy: Strategy) -> StrategyState:
 
     Returns:
         JSON values by attribute name, and arrays by `attribute|tensor`. A value of `{"kind": ...}` says what the
-        arrays are in: ArrayRecord, dict, list, ndarray; `unknown` is what can not be kept.
+        arrays are in: ArrayRecord, dict, list, ndarray; `unknown` is what cannot be kept.
     """
     values: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
@@ -203,7 +201,7 @@ def restore_strategy(strategy: Strategy, values: Mapping[str, Any], arrays: Mapp
     """Put what `strategy_state` returned into a strategy that was made with the same arguments.
 
     Raises:
-        SettingsError: if the strategy held something that a checkpoint can not keep.
+        SettingsError: if the strategy held something that a checkpoint cannot keep.
     """
     for key, kept in values.items():
         kind = kept["kind"]

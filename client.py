@@ -43,7 +43,7 @@ from dataset import (
 from evaluation import HeldOut, Scores, figures, held_out, score
 from memory import advice
 from model import Adapter, first_sentence
-from resident import replied
+from resident import SOCKET_VARIABLE, replied
 from training import Task, by_length, make_trainer, padded_tokens, peak_memory_bytes, train_on
 from transfer import to_record
 from utils import log_to_file, seed_of
@@ -287,7 +287,8 @@ def describe(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
     worker = resident_worker(site)
     facts = ConfigRecord({"partition-id": partition_id, "device": device_name(), "own-data": site.own_rows})
     try:
-        worker.fetching.result(FETCHED_S)
+        lasting = SOCKET_VARIABLE in os.environ  # else the download would end with this process
+        worker.fetching.result(FETCHED_S if lasting else None)
         facts["num-rows"] = len(worker.raw_rows(partition_id))
     except TimeoutError:
         facts["num-rows"], facts["loading"] = 0, site.config.model.name

@@ -9,8 +9,9 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from config import RunError
+from config import RunError, SettingsError
 from guard import MOST
+from resident import SETTINGS_ERROR
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ class Clients:
         A node that comes with the partition of another takes its place: nodes get new ids when they restart.
 
         Raises:
-            RunError: if a client can not say who it is, or two say the same, before the first round; if there are
+            SettingsError: if a client cannot work with these settings, before the first round.
+            RunError: if a client cannot say who it is, or two say the same, before the first round; if there are
                 too few after `timeout_s` seconds.
         """
         said, deadline = 0, time.monotonic() + timeout_s
@@ -80,6 +82,8 @@ class Clients:
     def meet(self, node: int, reply: Message) -> None:
         """Take down who the client on `node` is."""
         if reply.has_error():
+            if reply.error.code == SETTINGS_ERROR and self.strict:
+                raise SettingsError(reply.error.reason)
             if reply.error.code != NODE_UNAVAILABLE:  # else it left without a word, or will be asked again
                 self.refuse(node, f"a client cannot take part: {reply.error.reason}")
             return

@@ -52,7 +52,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`, whatever became of it; what can not be read is taken for missing."""
+    """The run in `folder`, whatever became of it; what cannot be read is taken for missing."""
     metrics, facts = read_lines(folder / METRICS_FILE), read_object(folder / RESULTS_FILE)
     said = read_text(folder / ERROR_FILE).strip()
     status = COMPLETE if facts else FAILED if said else INTERRUPTED
@@ -211,7 +211,7 @@ def main() -> int:
     try:
         report(find_runs(options.folders), options.output)
     except OSError as error:
-        print(f"error: --output={options.output}: can not be written ({error.strerror})", file=sys.stderr)
+        print(f"error: --output={options.output}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
     print((options.output / "sweep.md").read_text(encoding="utf-8"), end="")
     print(read_text(options.output / "baselines.md"), end="")

@@ -123,8 +123,8 @@ REWORDED = {  # what Hydra and OmegaConf say -> what helps
     r".*is not Optional.*|Incompatible value 'None' for field.*": r"{key}=null: needs a value",
     r".*Could not find '(.*)/(.*?)' Available options in '.*?': (.*?) Config search path.*": r"\1=\2: use one of: \3",
     r"Error parsing override '(.*?)' (.*?) See http.*": r"\1: is not KEY=VALUE (\2)",
-    r"Config group override must be a string.*": r"a group of settings can not be null: name one of its files",
-    r"(no viable alternative at input '.*') See http.*": r"the command line can not be parsed: \1",
+    r"Config group override must be a string.*": r"a group of settings cannot be null: name one of its files",
+    r"(no viable alternative at input '.*') See http.*": r"the command line cannot be parsed: \1",
 }
 
 

@@ -31,7 +31,7 @@ class SettingsError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that can not go on; the message says what happened and to whom."""
+    """A run that cannot go on; the message says what happened and to whom."""
 
 
 def ranged(low: float | None = None, high: float | None = None, *, above: float | None = None) -> Any:
@@ -176,7 +176,7 @@ class RunConfig:
     tracker: str | None = field(default=MISSING, metadata={"allowed": (None, *TRACKERS)})
     """Where the numbers of each round go besides metrics.jsonl, through accelerate's trackers."""
     resume: str | None = MISSING
-    """Folder of an interrupted run: it goes on behind its last checkpoint."""
+    """Folder of an interrupted run: it resumes from its last checkpoint."""
     resume_sweep: str | None = MISSING
     """Folder of an interrupted sweep: its complete jobs are not run again."""
 
@@ -305,7 +305,7 @@ def check_measured(config: RunConfig) -> None:
         )
     if train.early_stop_rounds and train.early_stop_rounds >= config.num_rounds:
         raise SettingsError(
-            f"train.early_stop_rounds={train.early_stop_rounds}: can not end a run of num_rounds={config.num_rounds}; "
+            f"train.early_stop_rounds={train.early_stop_rounds}: cannot end a run of num_rounds={config.num_rounds}; "
             "use less"
         )
     if sampling.fraction_evaluate and not config.dataset.holdout:

@@ -49,7 +49,7 @@ TODAY = date(2024, 7, 26)  # for templates that write the date: each day of a ru
 
 
 def load_rows(cfg: DatasetConfig) -> Dataset:
-    """All rows of `dataset.name`, with the columns instruction, input and output as text.
+    """All rows of `dataset.name`, with the columns instruction, input and output.
 
     Raises:
         SettingsError: if there is no such data set, it cannot be read, or lacks a column.
@@ -65,7 +65,8 @@ def load_rows(cfg: DatasetConfig) -> Dataset:
         )
     if not len(rows):
         raise SettingsError(f"dataset.name={cfg.name}: has no rows")
-    return with_text_columns(rows, cfg.name)
+    check_column_types(rows, cfg.name)
+    return rows
 
 
 def local_rows(name: str, key: str = "dataset.name") -> Path | None:
@@ -156,15 +157,14 @@ def read_hub(cfg: DatasetConfig) -> Dataset:
     return rows
 
 
-def with_text_columns(rows: Dataset, name: str) -> Dataset:
-    """`rows` with numbers in the Alpaca columns turned into text, and nothing but text or nothing allowed."""
+def check_column_types(rows: Dataset, name: str) -> None:
+    """Raise SettingsError if an Alpaca column holds anything but text, numbers, booleans and nothing."""
     for column in COLUMNS:
         kind = getattr(rows.features[column], "dtype", "list")
         if not isinstance(kind, str) or not kind.startswith(
             ("string", "large_string", "int", "uint", "float", "bool", "null")
         ):
             raise SettingsError(f"dataset.name={name}: column {column} holds {kind}; text is needed")
-    return rows
 
 
 def partition_rows(rows: Dataset, cfg: DatasetConfig, num_partitions: int, seed: int) -> "Partitioner":
@@ -285,7 +285,7 @@ def encode_prompt(
 def encode_response(
     tokenizer: PreTrainedTokenizerBase, template: str, message: Mapping[str, str], response: str
 ) -> list[int]:
-    """Token ids of the response and of what ends it, the end-of-sequence token included.
+    """Token ids of the response, up to and including the first that ends an answer; EOS if the template writes none.
 
     Raises:
         SettingsError: if the template does not write the response behind the prompt.
@@ -331,7 +331,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, lead: str = "") -
     """Token ids of rendered text: the template's special tokens are special, marked ones are plain text.
 
     Args:
-        lead: what stands before the text, and is not returned.
+        lead: what stands before the text, and is not returned; where its tokens run into the text's, the text stands
+            alone.
     """
     try:
         before, ids = (encode_marked_chat(tokenizer, part) if part else [] for part in (lead, lead + text))

@@ -6,6 +6,7 @@ is replaced, and the message that it held is answered with an error. Imports not
 import the model libraries while the driver is still checking the run.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -359,6 +360,7 @@ def answering(site: "Site") -> Callable[[Message, int], Message]:
     from client import client_app, resident_worker
     from utils import log_to_file
 
+    gc.freeze()  # every trainer collects garbage: let it not look through all that was imported
     identify_as_flower_task()
     if site.log_file and site.log_file.parent.is_dir():
         log_to_file(site.log_file)

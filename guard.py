@@ -17,10 +17,10 @@ MOST = 1e12  # of any number that a client reports
 
 
 def check_reply(reply: Message, shapes: Mapping[str, tuple[int, ...]], num_rows: float = np.inf) -> str | None:
-    """Why a training reply can not be aggregated, or None if it can.
+    """Why a training reply cannot be aggregated, or None if it can.
 
     Args:
-        num_rows: how many rows the client said it has; it can not have trained on more.
+        num_rows: how many rows the client said it has; it cannot have trained on more.
     """
     fault = check_adapter(reply, shapes) or check_report(reply)
     if fault is None and (examples := metrics_of(reply)["num-examples"]) > num_rows:
@@ -29,7 +29,7 @@ def check_reply(reply: Message, shapes: Mapping[str, tuple[int, ...]], num_rows:
 
 
 def check_adapter(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why the adapter in a reply can not be used, or None: these tensors, these shapes, finite float32."""
+    """Why the adapter in a reply cannot be used, or None: these tensors, these shapes, finite float32."""
     if reply.has_error():
         return str(reply.error.reason)
     records = list(reply.content.array_records.values())
@@ -41,7 +41,7 @@ def check_adapter(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str 
         try:
             value = array.numpy()  # what it really holds, whatever its label says
         except Exception as error:
-            return f"{name} can not be read ({error})"
+            return f"{name} cannot be read ({error})"
         if value.shape != tuple(shapes[name]) or value.dtype != np.float32:
             return f"{name} is {value.dtype} {value.shape}, not float32 {tuple(shapes[name])}"
         if not np.isfinite(value).all():
@@ -50,7 +50,7 @@ def check_adapter(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str 
 
 
 def check_report(reply: Message) -> str | None:
-    """Why the numbers in a reply can not be used, or None: exactly REPORT, in range, a whole number of examples."""
+    """Why the numbers in a reply cannot be used, or None: exactly REPORT, in range, a whole number of examples."""
     if reply.has_error():
         return str(reply.error.reason)
     reports = list(reply.content.metric_records.values())
@@ -69,7 +69,7 @@ def check_report(reply: Message) -> str | None:
 
 
 def check_scores(reply: Message, least: float = 0, most: float = MOST) -> str | None:
-    """Why the scores in an evaluation's reply can not be used, or None: plausible sums by category.
+    """Why the scores in an evaluation's reply cannot be used, or None: plausible sums by category.
 
     Args:
         least, most: tokens that they can be of.
@@ -88,7 +88,7 @@ def check_scores(reply: Message, least: float = 0, most: float = MOST) -> str | 
         if not (0 <= exact <= answers and 0 <= rouge <= answers and answers <= MOST and answers == int(answers)):
             return f"category {name}: exact={exact}, rouge_l={rouge}, answers={answers} are no usable numbers"
     tokens = tokens_of(reply)
-    return None if least <= tokens <= most else f"its scores are of {tokens:g} tokens, which can not be"
+    return None if least <= tokens <= most else f"its scores are of {tokens:g} tokens, which cannot be"
 
 
 def tokens_of(reply: Message) -> float:
@@ -119,7 +119,7 @@ def outliers(norms: Mapping[int, float], earlier: Sequence[float], most: float |
 
     Args:
         norms: of this round's updates, by client.
-        earlier: of the good updates of some rounds before, so that a few clients can not decide what is ordinary.
+        earlier: of the good updates of some rounds before, so that a few clients cannot decide what is ordinary.
             Of an even number of updates the lower middle one counts as the median; updates of nothing do not count.
     """
     known = [norm for norm in (*norms.values(), *earlier) if norm]

@@ -46,7 +46,7 @@ def run_tasks(answerer: "Answerer", options: argparse.Namespace) -> None:
     """Print lm_eval's table for --tasks, and with --compare the base model's; both to --output as JSON.
 
     Raises:
-        SettingsError: if there is no such task, or lm_eval can not run it as asked.
+        SettingsError: if there is no such task, or lm_eval cannot run it as asked.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]

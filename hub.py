@@ -34,13 +34,14 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, tqdm
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, tqdm
 
 from config import RunError, SettingsError
 from utils import local_path, shortened
 
 log = logging.getLogger(__name__)
 
+PROGRESS = "huggingface_hub.snapshot_download"  # the name of the bar that counts bytes
 LINE_S = 30.0  # between two lines about a download, where there is no terminal
 ANSWER_S = 10.0  # how long the Hub may take to say what a repository holds
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -48,6 +49,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 SMALL = re.compile(r"[^/]+\.(json|model|txt|jinja|tiktoken)|additional_chat_templates/[^/]+\.jinja")
 """Configuration, tokenizer and chat templates."""
 OTHER_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|h5|msgpack|onnx)(\.index\.json)?")
+ADAPTER_CONFIG = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 UNREACHABLE = (httpx.TransportError, HfHubHTTPError, ConnectionError, TimeoutError)
 
@@ -85,13 +87,27 @@ def model_folder(name: str, *, weights: bool, code: bool = False) -> Path:
     return _folders[name, weights, code]
 
 
-def cached_model(name: str) -> Path | None:
-    """What `model_folder` would give without weights, as far as that is known without asking the Hub."""
+def cached_model(name: str, *, code: bool = False) -> Path | None:
+    """The folder of a base model if it is on this machine, at least config.json. Asks nobody.
+
+    Args:
+        code: only with the Python files that config.json names.
+    """
     if local := local_path(name):
         check_local(name, local, weights=True)
         return local
     folder = cached(name, "model", "main", ["config.json"])
-    return folder if folder and (folder / "config.json").is_file() else None
+    return None if folder and code and not has_code(folder) else folder
+
+
+def has_code(folder: Path) -> bool:
+    """Whether the Python files that a model's config.json names lie beside it."""
+    try:
+        classes = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {}).values()
+        own = [name for name in classes if isinstance(name, str) and "--" not in name]
+        return all((folder / f"{name.split('.')[0]}.py").is_file() for name in own)
+    except (OSError, ValueError, AttributeError):
+        return True  # reading it says what is wrong
 
 
 def fetch_model(name: str, weights: bool, code: bool) -> Path:
@@ -149,6 +165,7 @@ def wanted_files(key: str, files: Collection[str], read: Callable[[str], str], w
         read: gives the text of one of them.
     """
     wanted = [name for name in files if SMALL.fullmatch(name) and not OTHER_WEIGHTS.fullmatch(name)]
+    wanted = [name for name in wanted if name != ADAPTER_CONFIG]  # transformers would put the adapter in
     wanted += [name for name in files if code and name.endswith(".py")]
     return wanted + (weight_files(key, files, read) if weights else [])
 
@@ -170,8 +187,8 @@ def weight_files(key: str, files: Collection[str], read: Callable[[str], str]) -
 def check_files(key: str, files: Collection[str], weights: bool = True) -> None:
     """Raise SettingsError if `files` are not those of a model that transformers loads; it says what they are."""
     if "config.json" not in files:
-        if "adapter_config.json" in files:
-            raise SettingsError(f"{key}: is an adapter, not a base model; name the model in its adapter_config.json")
+        if ADAPTER_CONFIG in files:
+            raise SettingsError(f"{key}: is an adapter, not a base model; set model.name to its own base model")
         what = "only GGUF files" if any(name.endswith(".gguf") for name in files) else "no config.json"
         raise SettingsError(f"{key}: holds {what}; name a model in the format of transformers")
     if weights and not any(name in files for name in WEIGHTS):
@@ -192,7 +209,9 @@ def check_local(name: str, folder: Path, weights: bool) -> None:
     try:
         for file in wanted_files(key, files, lambda file: (folder / file).read_text(encoding="utf-8"), weights, False):
             if (folder / file).stat().st_size < 1024 and (folder / file).read_bytes().startswith(LFS_POINTER):
-                raise SettingsError(f"{key}: {file} is a pointer of git-LFS, no file; run `git lfs pull` in {folder}")
+                raise SettingsError(
+                    f"{key}: {file} is a Git LFS pointer, not the file itself; run `git lfs pull` in {folder}"
+                )
     except OSError as error:
         raise SettingsError(f"{key}: {error.filename} cannot be read ({error.strerror})") from error
 
@@ -234,13 +253,19 @@ def data_builder(key: str, name: str) -> Any:
 
 
 def last_builder(name: str) -> Any:
-    """The data set `name` as it was read last on this machine; of several configurations the default one."""
-    from datasets import load_dataset_builder
+    """The data set `name` as it was read last on this machine."""
+    from datasets import config, load_dataset_builder
+    from datasets.naming import camelcase_to_snakecase
 
     try:
         return load_dataset_builder(name)
-    except ValueError:
-        return load_dataset_builder(name, "default")
+    except ValueError:  # perhaps because it has several configurations
+        owner, _, last = name.rpartition("/")
+        folder = "___".join(filter(None, [owner, camelcase_to_snakecase(last)]))
+        kept = list(Path(config.HF_DATASETS_CACHE).glob(f"{folder}/*/*/*/"))
+        if not kept:
+            raise
+        return load_dataset_builder(name, max(kept, key=lambda read: read.stat().st_mtime).parts[-3])
 
 
 @contextlib.contextmanager
@@ -287,7 +312,21 @@ def download(key: str, name: str, kind: str, info: Any, files: list[str]) -> Pat
         return there
     with refused(key, name, kind):
         bar = type("Bar", (DownloadBar,), {"what": name, "bytes": missing_bytes(info, name, kind, files)})
-        return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, tqdm_class=bar))
+        with shown_progress():
+            return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, tqdm_class=bar))
+
+
+@contextlib.contextmanager
+def shown_progress() -> Iterator[None]:
+    """Show the progress of a download, whatever other bars are turned off; the user's environment decides."""
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        yield
+        return
+    enable_progress_bars(PROGRESS)
+    try:
+        yield
+    finally:
+        disable_progress_bars(PROGRESS)
 
 
 def missing_bytes(info: Any, name: str, kind: str, files: Collection[str]) -> int:
@@ -307,7 +346,7 @@ class DownloadBar(tqdm):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         self.live, self.said = sys.stderr.isatty(), time.monotonic()
         form = f"downloading {self.what}: {{n_fmt}}B of {{total_fmt}}B, {{rate_fmt}}, {{remaining}} left"
-        shown = settings.get("name") == "huggingface_hub.snapshot_download"  # the others count files and transfers
+        shown = settings.get("name") == PROGRESS  # the others count files and transfers
         settings |= {"disable": not shown, "bar_format": form, "leave": False, "file": sys.stderr}
         super().__init__(*arguments, **settings)
 
@@ -366,7 +405,7 @@ def refused(key: str, name: str, kind: str) -> Iterator[None]:
             if isinstance(cause, UNREACHABLE):
                 raise RunError(
                     f"{key}: the Hub at {constants.ENDPOINT} cannot be reached, or broke off "
-                    f"({shortened(cause, 200) or type(cause).__name__}); try again: what was downloaded is kept"
+                    f"({shortened(cause, 200) or type(cause).__name__}); try again: files that are complete are kept"
                 ) from cause
         raise SettingsError(f"{key}: cannot be loaded from the Hub ({shortened(causes[-1], 300)})") from error
 
@@ -376,4 +415,4 @@ def causes_of(error: BaseException) -> Iterator[BaseException]:
     current: BaseException | None = error
     while current is not None:
         yield current
-        current = current.__cause__ or current.__context__
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)

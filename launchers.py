@@ -198,7 +198,7 @@ def end_with_parent() -> None:
 
 
 def start_worker(environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """The resident worker; it ends when its standard input is closed, so it can not outlive this process."""
+    """The resident worker; it ends when its standard input is closed, so it cannot outlive this process."""
     return subprocess.Popen(
         [sys.executable, str(SUITE_FOLDER / "resident.py")], env=environment, cwd=SUITE_FOLDER, stdin=subprocess.PIPE
     )
@@ -328,7 +328,7 @@ def run_status(run_id: str, environment: dict[str, str]) -> str:
         if found is None:
             said = " ".join((done.stdout + done.stderr).split())
             reason = re.search(r'"error-message": ?"(.*?)"', said)
-            raise LaunchError(f"run {run_id}: its status can not be had ({(reason[1] if reason else said)[:200]})")
+            raise LaunchError(f"run {run_id}: its status is not known ({(reason[1] if reason else said)[:200]})")
         if found[1].startswith("finished"):
             return found[1]
         time.sleep(1)

@@ -92,7 +92,7 @@ def main() -> int:
     """Run the command line."""
     send_nothing_home()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of into Hydra's own report
-    logging.raiseExceptions = False  # a log that can not be written must not bury the reason
+    logging.raiseExceptions = False  # a log that cannot be written must not bury the reason
     try:
         stopping.listen()
         sys.argv[1:] = runfolder.continued(resumed(canonical(sys.argv[1:])))

@@ -28,6 +28,7 @@ from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -72,7 +73,7 @@ def read_config(cfg: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
         SettingsError: if `model.name` is no base model that can be loaded, or `model.quantization` does not fit.
         RunError: if the Hub cannot be reached.
     """
-    base = described(cfg, hub.cached_model(cfg.name) if offline else base_folder(cfg))
+    base = described(cfg, hub.cached_model(cfg.name, code=cfg.trust_remote_code) if offline else base_folder(cfg))
     bits = stored_bits(cfg.name, base)
     if bits and bits != cfg.quantization:
         raise SettingsError(
@@ -83,13 +84,25 @@ def read_config(cfg: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
 
 
 def described(cfg: ModelConfig, folder: Path | None) -> PreTrainedConfig:
-    """The config.json in the base model's folder."""
+    """The config.json in the base model's folder. Raises SettingsError if it is not a causal language model's."""
     if folder is None:
         raise SettingsError(f"model.name={cfg.name}: not on this machine")
+    if (folder / hub.ADAPTER_CONFIG).is_file():
+        raise SettingsError(
+            f"model.name={cfg.name}: an adapter lies beside the model, and transformers would put it in; move "
+            f"{hub.ADAPTER_CONFIG} out of {folder}"
+        )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+        base = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
     except Exception as error:  # a repository's file may hold anything
         raise SettingsError(f"model.name={cfg.name}: {unloadable('its config.json', error)}") from error
+    own_code = getattr(base, "auto_map", None) or {}
+    if base.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in own_code:
+        raise SettingsError(
+            f"model.name={cfg.name}: transformers has no causal language model of the kind {base.model_type}; name a "
+            "text model, or one with image input that AutoModelForCausalLM loads, such as Gemma 3"
+        )
+    return base
 
 
 def base_folder(cfg: ModelConfig, *, weights: bool = False) -> Path:
@@ -200,7 +213,23 @@ def lora_config(cfg: ModelConfig, model: Any = None) -> LoraConfig:
         lora = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=lasting_name(cfg.name), **cfg.lora)
     except (TypeError, ValueError, AttributeError) as error:
         raise SettingsError(f"model.lora: {first_sentence(error)}") from error
-    return lora if model is None else aimed(lora, model)
+    if model is None:
+        return lora
+    if cfg.quantization != "none":
+        check_saved_modules(lora, model)
+    return aimed(lora, model)
+
+
+def check_saved_modules(lora: LoraConfig, model: Any) -> None:
+    """Raise SettingsError if `modules_to_save` names a layer that is quantized, which cannot be trained whole."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        saved = next((saved for saved in lora.modules_to_save or [] if f".{name}".endswith(f".{saved}")), None)
+        if saved and any(isinstance(layer, LINEAR) and layer is not head for layer in module.modules()):
+            raise SettingsError(
+                f"model.lora.modules_to_save={saved}: {name} is quantized, and only layers that are not can be trained "
+                "whole; name it in model.lora.target_modules, or set model.quantization=none"
+            )
 
 
 def lasting_name(name: str) -> str:
@@ -226,16 +255,11 @@ def aimed(lora: LoraConfig, model: Any) -> LoraConfig:
     if lora.target_modules is None:
         lora.target_modules = default_targets(model.config, known)
     try:
-        re.compile(str(as_pattern(lora.target_modules)))
+        re.compile(as_pattern(lora.target_modules) or "")
     except re.error as error:
         raise SettingsError(
-            f"model.lora.target_modules={lora.target_modules}: is no regular expression ({error}); use a list of names"
-        ) from error
-    try:
-        re.compile(str(as_pattern(lora.target_modules)))
-    except re.error as error:
-        raise SettingsError(
-            f"model.lora.target_modules={lora.target_modules}: is no regular expression ({error}); use a list of names"
+            f"model.lora.target_modules={lora.target_modules}: not a valid regular expression ({error}); use a list "
+            "of names"
         ) from error
     for target in [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules):
         pattern = as_pattern(lora.target_modules if isinstance(lora.target_modules, str) else [target])
@@ -268,7 +292,7 @@ def as_pattern(modules: Any) -> str | None:
 def language_modules(model: Any) -> tuple[list[str], str | None]:
     """Names of the linear layers of a model's language part, and a pattern for all modules that are not in it.
 
-    A model that also sees or hears has towers beside its decoder. No pattern stands for a model without any.
+    A model that also sees or hears has towers beside its decoder. The pattern of a text model is None.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
     language, head = model.get_decoder(), head_name(model)
@@ -386,6 +410,7 @@ def load_fresh(cfg: ModelConfig, device: str | None) -> Any:
 def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str | None = None, **options: Any) -> Any:
     """The base model with its weights. Raises SettingsError if some are missing, damaged or of other shapes."""
     folder = base_folder(cfg, weights=True)
+    again = "copy it again" if local_path(cfg.name) else f"download it again: hf download --force-download {cfg.name}"
     try:
         base, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -399,8 +424,7 @@ def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str | None = None
         raise
     except Exception as error:  # a file of weights may hold anything
         raise SettingsError(
-            f"model.name={cfg.name}: {unloadable('its weights', error)}; if a file is damaged, download it again: "
-            f"hf download --force-download {cfg.name}"
+            f"model.name={cfg.name}: {unloadable('its weights', error)}; if a file is damaged, {again}"
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise SettingsError(

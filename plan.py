@@ -154,7 +154,7 @@ def describe_data(config: RunConfig) -> str:
 
 def plan_sizes(config: RunConfig) -> dict[str, str]:
     """Adapter, traffic and memory, if the base model's shapes are on this machine; then its tokenizer fits too."""
-    if hub.cached_model(config.model.name) is None:
+    if hub.cached_model(config.model.name, code=config.model.trust_remote_code) is None:
         return dict.fromkeys(("adapter", "bytes down and up", "memory of a step"), UNKNOWN)
     size = sizes(adapters.read_config(config.model, offline=True), config)
     if local_path(config.model.name):  # of the Hub's there may be only a part
@@ -190,7 +190,7 @@ def fits_here(config: RunConfig) -> str:
     try:
         check_machine(config)
     except SettingsError as error:
-        return f"can not run it: {error}"
+        return f"cannot run it: {error}"
     return "has room for at least one worker"
 
 

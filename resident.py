@@ -133,7 +133,7 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
     if template != "tokenizer" and not shipped_path(f"conf/template/{template}.jinja"):
         raise SettingsError(f"dataset.template={template}: on a node, use a template of the suite")
     if any(os.sep in text for text in texts([config.train.training_arguments, config.model.lora])):
-        raise SettingsError("train.training_arguments or model.lora: a server can not name a path on this node")
+        raise SettingsError("train.training_arguments or model.lora: a server cannot name a path on this node")
     if not PARTITIONERS.fullmatch(config.dataset.partitioner["_target_"]):
         raise SettingsError("dataset.partitioner._target_: on a node, use one of flwr_datasets.partitioner")
     if config.model.trust_remote_code:

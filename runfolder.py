@@ -129,13 +129,13 @@ def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterat
     """`folder` for this process alone, with the settings noted; yields whether the run that is there goes on.
 
     Raises:
-        SettingsError: if it can not be written, another process or run has it, or its run has other settings.
+        SettingsError: if it cannot be written, another process or run has it, or its run has other settings.
     """
     try:
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # it stays: others may hold it
     except OSError as error:
         raise SettingsError(
-            f"hydra.run.dir={folder}: can not be written ({error.strerror}); choose another folder"
+            f"hydra.run.dir={folder}: cannot be written ({error.strerror}); choose another folder"
         ) from error
     try:
         try:

@@ -28,7 +28,7 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     A run that was interrupted in `folder` goes on, if `resume` or `resume_sweep` says so.
 
     Raises:
-        SettingsError: before the first round, if it can not work.
+        SettingsError: before the first round, if it cannot work.
         RunError: if a round fails.
     """
     console = Console(highlight=False)

@@ -171,7 +171,7 @@ class Federation:
         improves (`train.early_stop_rounds`), or when the next round would cost too much (`strategy.max_bytes`).
 
         Raises:
-            RunError: if a round has too few valid replies, or results can not be written.
+            RunError: if a round has too few valid replies, or results cannot be written.
         """
         started, ended = time.perf_counter(), None
         self.progress.say("waiting for the clients")
@@ -202,6 +202,8 @@ class Federation:
             return
         ask = Message(RecordDict(), self.clients.nodes[min(self.clients.nodes)], f"{MessageType.QUERY}.initial_adapter")
         replies = list(self.clients.exchange([ask]).values())
+        if replies and (reason := same_refusal({0: replies[0]}, 1)):
+            raise SettingsError(reason)
         fault = check_adapter(replies[0], self.shapes) if replies else f"no reply in {self.clients.timeout_s:g}s"
         if fault:
             raise RunError(f"no initial adapter: {fault}")
@@ -279,7 +281,7 @@ class Federation:
         return f"train.early_stop_rounds={config.train.early_stop_rounds}: the held-out loss was lowest {when}"
 
     def afford(self, round_number: int, num_training: int) -> None:
-        """Raise BudgetSpent if so many clients can not train any more, and others evaluate what comes of it."""
+        """Raise BudgetSpent if so many clients cannot train any more, and others evaluate what comes of it."""
         wanted = self.round_bytes(round_number, num_training)
         if wanted > self.budget_left():
             raise BudgetSpent(
@@ -373,7 +375,7 @@ class Federation:
             arrays, _ = self.strategy.aggregate_train(round_number, replies)
         except Exception as error:
             log.exception("%s", name)
-            raise RunError(f"round {round_number}: {name} can not aggregate {len(replies)} replies: {error}") from error
+            raise RunError(f"round {round_number}: {name} cannot aggregate {len(replies)} replies: {error}") from error
         if arrays is None:
             raise RunError(f"round {round_number}: {name} made no adapter of {len(replies)} replies")
         adapter = {tensor: arrays[tensor].numpy().astype(np.float32) for tensor in sorted(self.shapes)}
@@ -470,11 +472,11 @@ class Federation:
         self.progress.warn(f"round {round_number}: client {partition} {what}: {last_line(fault)}")
 
     def fault_of(self, partition: int, reply: Message) -> str | None:
-        """Why a reply can not be aggregated, or None; then its adapter is in float32."""
+        """Why a reply cannot be aggregated, or None; then its adapter is in float32."""
         try:
             return check_reply(self.unpacked(partition, reply), self.shapes, self.clients.num_rows[partition])
         except Exception as error:  # its arrays may be anything
-            return f"its adapter can not be read: {error}"
+            return f"its adapter cannot be read: {error}"
 
     def account(self, good: Sequence[tuple[int, Message]], rows_seen: dict[int, int]) -> dict[str, Any]:
         """What the round did, from the replies that count; also moves the clients' positions in `rows_seen` on."""
@@ -531,6 +533,8 @@ class Federation:
     def scores(self, round_number: int, adapter: Adapter, chosen: Sequence[int], rows: str) -> tuple[Scores, list[int]]:
         """The scores that the `chosen` clients give on their `own` rows or the `global` ones, and who answered."""
         replies = self.clients.exchange(self.messages("evaluate", round_number, chosen, adapter, rows=rows))
+        if not round_number and (reason := same_refusal(replies, len(chosen))):
+            raise SettingsError(reason)
         good = {}
         for partition in chosen:
             reply = replies.get(self.clients.nodes[partition])
@@ -544,7 +548,7 @@ class Federation:
         return scores_of(list(good.values())), list(good)
 
     def fault_of_scores(self, partition: int, reply: Message, rows: str) -> str | None:
-        """Why scores can not be used: a client's are of no more tokens than it has, those of everybody's of as many."""
+        """Why scores cannot be used: a client's are of no more tokens than it has, those of everybody's of as many."""
         if rows == "own":
             return check_scores(reply, 0, self.clients.num_rows[partition] * self.config.train.seq_length)
         fault = check_scores(reply, self.global_tokens or 1, self.global_tokens or MOST)
@@ -582,20 +586,20 @@ class Federation:
                 raise FileNotFoundError("it was removed")
             yield
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{self.folder}: results can not be written ({error})") from error
+            raise RunError(f"{self.folder}: results cannot be written ({error})") from error
 
     def restore(self) -> None:
         """Go on behind the newest whole checkpoint: state, strategy and metrics are as they were then.
 
         Raises:
-            SettingsError: if the strategy's own state can not be had back.
+            SettingsError: if the strategy's own state cannot be restored.
         """
         metrics = read_json_lines(self.folder / METRICS_FILE)
         whole = next((n for n, line in enumerate(metrics) if line.get("round") != n + 1), len(metrics))
         try:
             state = checkpoint.newest(self.folder, self.strategy, self.shapes, whole, self.progress.warn)
         except OSError as error:
-            raise RunError(f"{self.folder}: a checkpoint can not be read ({error})") from error
+            raise RunError(f"{self.folder}: a checkpoint cannot be read ({error})") from error
         if state is None and rounds_in(self.folder):
             raise SettingsError(
                 f"resume={self.folder}: {METRICS_FILE} lacks round {whole + 1}, which all checkpoints need; "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from config import RunError, SettingsError
+from utils import send_nothing_home
 
 MODES = ("question", "chat", "questions", "evaluate", "tasks", "merge")
 RANGES: dict[str, tuple[float, float]] = {
@@ -59,6 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--merge", type=as_path, metavar="DIR", help="write base model and adapter as one plain model")
     add("--merge-dtype", default="float32", choices=["float32", "bfloat16"], help="of the merged weights")
     add("--compare", action="store_true", help="also what the base model alone answers or reaches")
+    add("--base", help="name or folder of the base model; by default the one that the adapter notes")
     add("--quantization", choices=["4", "8", "none"], help="of the base model; by default as it was trained")
     add(
         "--trust-remote-code", action="store_true", help="run Python code that the base model's repository brings along"
@@ -100,7 +102,7 @@ def check_mode(options: argparse.Namespace) -> None:
     chosen = [name for name in MODES if getattr(options, name) not in (None, False)]
     if len(chosen) != 1:
         raise SettingsError("use one of --question, --chat, --questions, --evaluate, --tasks and --merge")
-    for key in ("peft_path", "question", "evaluate", "tasks", "template", "split"):
+    for key in ("peft_path", "base", "question", "evaluate", "tasks", "template", "split"):
         value = getattr(options, key)
         if value is not None and not value.strip():
             raise SettingsError(f"--{key.replace('_', '-')} is empty: give it a value")
@@ -176,6 +178,7 @@ def check_folder_to_write(path: Path) -> None:
 
 
 def main() -> int:
+    send_nothing_home()
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries say at import is not for the user
     try:
         options = parse()
@@ -185,7 +188,7 @@ def main() -> int:
         answering.run(options)
     except (SettingsError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         return 130
     return 0

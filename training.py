@@ -55,7 +55,7 @@ class Task:
     round_number: int
     learning_rate: float
     first_row: int = 0
-    """Rows that this client has trained on before: it goes on behind them."""
+    """Rows that this client has trained on before: it continues after them."""
     proximal_mu: float = 0.0
     """FedProx: strength of the pull towards the received adapter."""
 
@@ -63,7 +63,7 @@ class Task:
 def train_on(trainer: SFTTrainer, rows: list[dict[str, list[int]]], task: Task, seed: int) -> float:
     """Take the trainer's `max_steps` steps over `rows` in their order; returns the mean loss of the steps.
 
-    Optimizer, schedule and randomness start anew, so that nothing leaks from one client to the next.
+    Optimizer, schedule and randomness start afresh, so that nothing leaks from one client to the next.
     """
     model: Any = trainer.model
     trainer.train_dataset = rows

@@ -42,7 +42,7 @@ def local_path(name: str) -> Path | None:
 def shipped_path(name: str) -> Path | None:
     """The file or folder `name` inside the suite; None if the suite ships none of that name.
 
-    Flower's app bundle can not hold weights or templates: from inside one, they are found in the
+    Flower's app bundle cannot hold weights or templates: from inside one, they are found in the
     folder from which `pip install -r requirements.txt` installed the suite.
     """
     for suite in (SUITE_FOLDER, installed_folder()):
@@ -177,13 +177,12 @@ def write_digests(folder: Path) -> None:
 
 
 def torn_files(folder: Path) -> list[str]:
-    """Files of `folder` that are missing, new, or not what `write_digests` saw: damage is found, an attacker is not."""
+    """Files of `folder` that are missing, or not what `write_digests` saw: damage is found, an attacker is not."""
     try:
         digests = dict(json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return [DIGESTS_FILE]
-    there = {file.name for file in folder.iterdir()} - {DIGESTS_FILE, *FOR_PEOPLE}
-    return sorted(name for name in there | set(digests) if file_sha256(folder / name) != digests.get(name))
+    return sorted(name for name, digest in digests.items() if file_sha256(folder / name) != digest)
 
 
 def file_sha256(path: Path) -> str:

@@ -102,7 +102,7 @@ class Suite:
 
 
 class Naive:
-    """Load, quantize, prepare, tokenize and pad anew, for every client and round."""
+    """Load, quantize, prepare, tokenize and pad again, for every client and round."""
 
     def __init__(self, config: RunConfig, worker: Worker) -> None:
         self.config, self.worker = config, worker

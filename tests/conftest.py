@@ -1,5 +1,6 @@
 """A federation without an engine: the real server and the real client handlers in one process."""
 
+import gc
 import itertools
 import json
 import logging
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import absl.logging
 import numpy as np
+import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -29,6 +31,15 @@ from utils import file_sha256, read_json_lines, seed_of
 
 # rouge-score brings absl, whose log handler closes its stream when Hydra sets logging up: let it not be pytest's
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+torch.set_num_threads(1)  # test processes share the cores, and threads that wait for others would spin on them
+
+
+def pytest_collection_finish() -> None:
+    """Every trainer collects garbage: let it not look through all that was imported."""
+    gc.collect()
+    gc.freeze()
+
 
 SMALL = [
     "experiment=quickstart",

@@ -152,7 +152,7 @@ BAD = {
     "client_resources.num_cpus=0": "client_resources.num_cpus=0: use a number of at least 1",
     "+foo=1": "foo: there is no such setting",
     "+train.lr=3": "train.lr: there is no such setting",
-    "strategy=null": "a group of settings can not be null: name one",
+    "strategy=null": "a group of settings cannot be null: name one",
     "model.lora=null": "model.lora=None: holds several settings",
     "train.training_arguments=null": "train.training_arguments=None: holds several settings",
     "model.lora.lora_dropout=null": "model.lora.lora_dropout=None: use a number",
@@ -161,7 +161,7 @@ BAD = {
     "train.training_arguments.warmup_steps=5": "train.training_arguments.warmup_steps=5: has no effect",
     "strategy.fraction_evaluate=0.01": "strategy.fraction_evaluate=0.01: selects none of num_clients=20",
     "strategy._target_=flwr.serverapp.strategy.DifferentialPrivacyClientSideFixedClipping": "use its server-side twin",
-    "num_rounds=[1": "the command line can not be parsed",
+    "num_rounds=[1": "the command line cannot be parsed",
     "dataset.split": "dataset.split: is not KEY=VALUE",
 }
 

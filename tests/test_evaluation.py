@@ -306,7 +306,7 @@ GOOD = [2.0, 1.0, 3.0, 1.0, 1.5, 2.0]  # in the order of evaluation.FIELDS
         ({"": [*GOOD[:3], 3.0, 1.5, 2.0]}, "no usable numbers"),
         ({"": [*GOOD[:5], math.inf]}, "no usable numbers"),
         ({"x" * 300: GOOD}, "does not report exactly"),
-        ({"": GOOD, "more": [0.0, 0.0, 1e12, 0.0, 0.0, 0.0]}, "1e+12 tokens, which can not be"),
+        ({"": GOOD, "more": [0.0, 0.0, 1e12, 0.0, 0.0, 0.0]}, "1e+12 tokens, which cannot be"),
         ({str(number): GOOD for number in range(200)}, "up to 100 categories"),
         (None, "does not report scores"),
     ],
@@ -490,7 +490,7 @@ def test_client_can_not_weigh_more_than_its_rows_or_change_the_global_set(tmp_pa
     config = small("num_rounds=2", HELD_OUT, "evaluate.every_rounds=1")
     federation = play(config, tmp_path / "global", Clients(config, change, losses=losses(3, 2, 1)))
     assert "held_out" not in federation.metrics[1]
-    assert "its scores are of 11 tokens, which can not be" in federation.progress.warnings[0]
+    assert "its scores are of 11 tokens, which cannot be" in federation.progress.warnings[0]
 
 
 def test_more_clients_than_expected_do_not_evaluate_more(tmp_path):
@@ -549,7 +549,7 @@ def test_checkpoint_needs_no_links(tmp_path, monkeypatch, caplog):
     (tmp_path / "peft_3").mkdir()
     monkeypatch.setattr(checkpoint.Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError("not supported")))
     checkpoint.point_to(tmp_path, 3)
-    assert "can not point to round 3" in caplog.text
+    assert "cannot point to round 3" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,12 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfi
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import answering
+import model as adapters
 import test as cli
-from utils import SUITE_FOLDER
+from config import SettingsError
+from tests.conftest import small
+from tests.hub.repositories import build
+from utils import SUITE_FOLDER, write_digests
 
 TIED = SUITE_FOLDER / "quickstart/model"
 PADDED_ROWS = 1344  # of the untied base model: more than its tokenizer has tokens
@@ -171,6 +175,40 @@ def named_base(folder: Path, name) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
     return answering.base_settings(folder, None).name
+
+
+def test_another_base_can_be_named_and_a_checkpoint_with_more_files_is_whole(bases, tmp_path):
+    folder = make_adapter(tmp_path / "adapter", bases["tied"], saved=False)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": "of/nobody", "revision": "v2"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    write_digests(folder)
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")  # as in a copy from the Hub
+    (folder / ".cache").mkdir()
+    with pytest.raises(SettingsError, match="revision=v2; download that one, and name its folder with --base"):
+        answering.find_tuned(answering.find_checkpoint(str(folder)), options(folder))
+    tuned = answering.find_tuned(answering.find_checkpoint(str(folder)), options(folder, f"--base={bases['tied']}"))
+    assert tuned.cfg.name == str(bases["tied"])
+    with (folder / "adapter_config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(SettingsError, match=r"damaged \(adapter_config.json\)"):
+        answering.find_checkpoint(str(folder))
+
+
+def test_a_base_with_python_code_of_its_own_needs_trust(tmp_path):
+    build(tmp_path, "tests/custom-code")
+    base = tmp_path / "models/tests/custom-code"
+    cfg = small(f"model.name={base}", "model.trust_remote_code=true").model
+    with pytest.raises(SettingsError, match="brings Python code of its own.*model.trust_remote_code=true"):
+        adapters.read_config(small(f"model.name={base}").model)
+    lora, shapes = adapters.adapter_plan(cfg, adapters.read_config(cfg))
+    adapters.save_adapter(tmp_path / "adapter", adapters.initial_adapter(shapes, lora, 0), lora, TEMPLATE)
+    with pytest.raises(SettingsError, match="brings Python code of its own.*set --trust-remote-code"):
+        answering.find_tuned(tmp_path / "adapter", options(tmp_path / "adapter"))
+    answerer = answering.Answerer(
+        tmp_path / "adapter", options(tmp_path / "adapter", "--trust-remote-code", "--question=x")
+    )
+    assert torch.isfinite(logits(answerer.model, 1000)).all()
 
 
 def test_a_relative_base_is_looked_for_here_then_where_the_adapter_lies(tmp_path, monkeypatch):

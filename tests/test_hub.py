@@ -203,5 +203,5 @@ def test_only_the_weights_that_transformers_reads_are_wanted():
 def test_lfs_pointer_says_what_to_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(hub.LFS_POINTER + b"v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(SettingsError, match="model.safetensors is a pointer of git-LFS.*git lfs pull"):
+    with pytest.raises(SettingsError, match="model.safetensors is a Git LFS pointer.*git lfs pull"):
         hub.check_local("m", tmp_path, weights=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import model as adapters
 import plan
@@ -280,6 +280,22 @@ def test_base_of_another_quantization_method_is_refused(tmp_path):
     base.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(SettingsError, match=r"is stored quantized \(gptq\); .*name the unquantized model"):
         adapters.stored_bits("a/b", base)
+
+
+@pytest.mark.parametrize("kind", ["t5", "qwen2_5_vl"])
+def test_model_that_is_no_causal_language_model_is_refused(kind, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match=f"no causal language model of the kind {kind}; name a text model"):
+        adapters.described(quickstart("none", f"model.name={tmp_path}"), tmp_path)
+
+
+def test_tokenizer_of_another_model_is_refused():
+    tokenizer = AutoTokenizer.from_pretrained("quickstart/model")
+    adapters.check_tokenizer("a/b", tokenizer, len(tokenizer))
+    with pytest.raises(SettingsError, match=f"model.name=a/b: its tokenizer knows {len(tokenizer)} tokens, the model"):
+        adapters.check_tokenizer("a/b", tokenizer, 2 * len(tokenizer) + 1)
+    with pytest.raises(SettingsError, match="its tokenizer makes token"):
+        adapters.check_tokenizer("a/b", tokenizer, 300)
 
 
 def test_weights_that_lack_tensors_or_are_torn_get_one_line(tmp_path):

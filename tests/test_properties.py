@@ -90,7 +90,7 @@ def test_any_settings_are_taken_or_answered_with_one_line(count, composed):
             return
         except (AttributeError, TypeError, KeyError) as error:
             if "OmegaConf.update" in str(error) or not is_from_the_checks(error):
-                return  # such a key can not be written on a command line
+                return  # such a key cannot be written on a command line
             raise
         try:
             plan.check_names(config)

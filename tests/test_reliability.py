@@ -123,7 +123,7 @@ def test_damaged_checkpoint_is_found_and_the_one_before_is_used(name, damage, wh
     shutil.copytree(whole, folder)
     damage(folder / "peft_6" / name, random.Random(name))
     federation = play(config, folder, going_on=True)
-    assert any("peft_6 can not be used (damaged: " in warning for warning in federation.progress.warnings)
+    assert any("peft_6 cannot be used (damaged: " in warning for warning in federation.progress.warnings)
     assert [record["round"] for record in federation.progress.rounds] == [5, 6]
     assert outcome(folder) == outcome(whole)
 
@@ -192,7 +192,7 @@ class Torn(FedAvg):
 
 def test_rounds_before_one_that_tears_are_kept_with_the_strategys_state_of_then(tmp_path):
     config = small(*SIX, "train.save_every_round=100", "strategy._target_=tests.test_reliability.Torn")
-    with pytest.raises(RunError, match="round 4: Torn can not aggregate 4 replies: half done"):
+    with pytest.raises(RunError, match="round 4: Torn cannot aggregate 4 replies: half done"):
         play(config, tmp_path)
     assert runfolder.rounds_in(tmp_path) == [3]
     values = load_file(tmp_path / "peft_3" / "strategy.safetensors")
@@ -207,7 +207,7 @@ def test_file_that_can_not_be_read_now_is_no_damage(whole_run, tmp_path, monkeyp
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(checkpoint.adapters, "load_adapter", broken)
-    with pytest.raises(RunError, match="a checkpoint can not be read .*Input/output error"):
+    with pytest.raises(RunError, match="a checkpoint cannot be read .*Input/output error"):
         play(config, tmp_path / "run", going_on=True)
     assert runfolder.rounds_in(tmp_path / "run") == [6, 4, 2]
 
@@ -662,7 +662,7 @@ def test_client_that_is_downloading_is_waited_for_and_named(tmp_path):
 
 def test_strategy_that_can_not_aggregate_is_named(tmp_path):
     config = small(*SIX, "strategy._target_=flwr.serverapp.strategy.Bulyan", "strategy.num_malicious_nodes=2")
-    with pytest.raises(RunError, match="round 1: Bulyan (can not aggregate|made no adapter of) 4 replies"):
+    with pytest.raises(RunError, match="round 1: Bulyan (cannot aggregate|made no adapter of) 4 replies"):
         play(config, tmp_path)
 
 
@@ -767,7 +767,7 @@ def test_full_disk_ends_the_run_in_one_line_and_it_goes_on_afterwards(count, tmp
     play(config, tmp_path / "whole")
     with (
         files_limited_to(count),
-        pytest.raises(RunError, match=r"results can not be written \(.*[Ff]ile too large") as e,
+        pytest.raises(RunError, match=r"results cannot be written \(.*[Ff]ile too large") as e,
     ):
         play(config, tmp_path / "run")
     assert "\n" not in str(e.value)
@@ -785,7 +785,7 @@ def test_folder_that_is_removed_while_running_is_not_half_made_again(tmp_path):
         return reply
 
     config = small(*SIX)
-    with pytest.raises(RunError, match="results can not be written .*it was removed"):
+    with pytest.raises(RunError, match="results cannot be written .*it was removed"):
         play(config, folder, Clients(config, bad))
     assert not folder.exists()
 

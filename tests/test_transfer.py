@@ -128,7 +128,7 @@ def test_reply_that_is_no_difference_is_left_out_by_name(tmp_path):
     config = small("strategy.fraction_fit=1.0", "num_rounds=1", "transfer=int8")
     federation, _ = run_locally(config, tmp_path, Sabotage(client_app(Site(config)), {2}, torn))
     assert federation.progress.rounds[0]["clients"] == [0, 1, 3]
-    assert "client 2 is left out: its adapter can not be read: holds other arrays" in federation.progress.warnings[0]
+    assert "client 2 is left out: its adapter cannot be read: holds other arrays" in federation.progress.warnings[0]
 
 
 def test_evaluation_works_over_every_form(tmp_path):

@@ -154,8 +154,8 @@ within* is the largest difference between float32 logits of `test.py --merge`'s 
 - **Where LoRA goes**: `model.lora.target_modules=null` means PEFT's own choice for the kind of model, or the attention
   projections that it has. Only the language model gets adapters; a vision tower stays as it is. A name that the model
   lacks is refused with the names that it has.
-- **The tokenizer** has to be the model's own: one that knows less than half of the vocabulary, or turns plain English
-  into unknown tokens, is refused.
+- **A tokenizer that plainly belongs to another model** is refused: it knows less than half of the vocabulary, has token
+  ids beyond it, or turns more than a quarter of a plain English sentence into unknown tokens.
 - **Special tokens in your rows stay text**, whatever the family: `<|start_header_id|>` in a row becomes the letters.
 - **The end of an answer** is the tokenizer's EOS or a token that `generation_config.json` names beside it
   (`<end_of_turn>`, `<|eot_id|>`, `<|end|>`). It is trained, and what a template writes behind it is not.
@@ -163,14 +163,25 @@ within* is the largest difference between float32 logits of `test.py --merge`'s 
 - **A template that writes today's date** gets 26 July 2024 every day, so that a run, its resume, `test.py` and whoever
   loads the checkpoint's template see the same tokens.
 - **A model that is stored in 4 or 8 bits by bitsandbytes** needs the same `model.quantization`; other formats (GPTQ,
-  AWQ, GGUF) are refused. `--merge` needs plain weights: it asks for the unquantized model's name.
+  AWQ, GGUF) are refused: name the original model. `--merge` needs plain weights: `--base=` the unquantized model.
+
+## A model of your own
+
+- **Private or gated**: if it is gated, ask for access on its page; then `hf auth login`, or set `HF_TOKEN`, on every
+  machine that loads it: each machine of a Ray cluster, each SuperNode, and the SuperLink's for config and tokenizer.
+- **A local folder**: `model.name=/path` with `config.json`, the tokenizer's files, and `model.safetensors` or
+  `pytorch_model.bin`, whole or in shards with their index. In a deployment each machine needs it: a SuperNode takes
+  `--model=/path`.
+- **With image input**: it works if transformers' `AutoModelForCausalLM` loads it, as it does Gemma 3. Only the language
+  part is trained, on text.
+- **With Python code of its own**: `model.trust_remote_code=true`, and `--trust-remote-code` for `test.py`. SuperNodes
+  refuse it.
 
 ## From the Hub
 
-A model and a data set are looked up once, when a run starts, and downloaded with progress; from then on nobody asks
-the Hub. If it cannot be reached, what the cache holds is used as it is. A dry run asks nothing. Weights are read from
-`model.safetensors` or `pytorch_model.bin`, whole or in shards. A gated model needs `hf auth login` with an account that
-was granted access; a model with Python code of its own needs `model.trust_remote_code=true`.
+In a simulation on one machine a model and a data set are looked up once, when the run starts, and downloaded with
+progress; from then on no process asks the Hub. On a Ray cluster and in a deployment each machine does so for itself. If
+the Hub cannot be reached, what the cache holds is used as it is. A dry run asks nothing.
 """
 
 
