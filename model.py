@@ -328,18 +328,18 @@ def adapter_plan(cfg: ModelConfig, base: PreTrainedConfig) -> tuple[LoraConfig, 
     Raises:
         SettingsError: if there is no such adapter.
     """
-    lora = lora_config(cfg, empty_model(base, cfg.trust_remote_code))
-    return lora, adapter_shapes(base, lora, cfg.trust_remote_code)
+    empty = empty_model(base, cfg.trust_remote_code)
+    lora = lora_config(cfg, empty)
+    return lora, adapter_shapes(empty, lora)
 
 
-def adapter_shapes(base: PreTrainedConfig, lora: LoraConfig, code: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the adapter, from a base model on the meta device: no weights, no memory.
+def adapter_shapes(empty: Any, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of an adapter in an `empty_model`, which then has that adapter.
 
     Raises:
         SettingsError: if PEFT cannot make such an adapter in this model.
     """
     with torch.device("meta"):
-        empty = empty_model(base, code)
         try:
             empty = get_peft_model(empty, copy.deepcopy(lora))  # peft renames the base model in what it is given
         except (TypeError, ValueError, AttributeError) as error:

@@ -20,7 +20,8 @@ NO_DROPOUT = "model.lora.lora_dropout=0.0"
 
 def start(config, seed=0):
     lora = adapters.lora_config(config.model)
-    return adapters.initial_adapter(adapters.adapter_shapes(adapters.read_config(config.model), lora), lora, seed)
+    empty = adapters.empty_model(adapters.read_config(config.model))
+    return adapters.initial_adapter(adapters.adapter_shapes(empty, lora), lora, seed)
 
 
 def distance(first, second) -> float:

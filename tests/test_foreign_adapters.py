@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import answering
 import model as adapters
@@ -177,6 +177,14 @@ def named_base(folder: Path, name) -> str:
     return answering.base_settings(folder, None).name
 
 
+def test_a_merged_model_keeps_settings_of_generation_that_transformers_would_write():
+    sound = answering.generation_settings(GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=2), [2, 3])
+    assert (sound.temperature, sound.eos_token_id) == (0.6, [2, 3])
+    torn = answering.generation_settings(GenerationConfig(temperature=0.9, top_p=0.6, bos_token_id=1), [2])
+    torn.validate(strict=True)
+    assert (torn.temperature, torn.bos_token_id, torn.eos_token_id) == (None, 1, [2])
+
+
 def test_another_base_can_be_named_and_a_checkpoint_with_more_files_is_whole(bases, tmp_path):
     folder = make_adapter(tmp_path / "adapter", bases["tied"], saved=False)
     settings = json.loads((folder / "adapter_config.json").read_text())
@@ -283,7 +291,10 @@ def test_other_methods_are_named(method, adapter, monkeypatch, capsys):
     ("changes", "words"),
     [
         ({"task_type": "SEQ_CLS"}, "adapter_config.json has task_type=SEQ_CLS; only CAUSAL_LM"),
-        ({"base_model_name_or_path": None}, "adapter_config.json has base_model_name_or_path=None; put the name"),
+        (
+            {"base_model_name_or_path": None},
+            "adapter_config.json has base_model_name_or_path=None; name the base model with --base",
+        ),
         ({"base_model_name_or_path": "org/model", "revision": "step1000"}, "has revision=step1000; download that one"),
         ({"use_future": {"depth": 3}}, "adapter_config.json has use_future={'depth': 3}, which PEFT"),
         ({"r": "eight"}, "adapter_config.json"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import hub
 from config import RunError, SettingsError
 from tests.hub.repositories import build
 from tests.hub.server import LocalHub
-from utils import SUITE_FOLDER, read_json_lines
+from utils import SUITE_FOLDER, quiet_libraries, read_json_lines
 
 MODEL, ROWS = "openlm-research/open_llama_7b_v2", "vicgalle/alpaca-gpt4"
 SHORT = [
@@ -73,7 +74,15 @@ def test_main_command_trains_on_what_the_hub_holds_and_asks_it_only_at_the_start
     saved = json.loads((folder / "peft_3/adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == MODEL
     assert sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
-    # the Hub is gone, and the cache is warm
+
+
+@pytest.mark.slow
+def test_a_warm_cache_is_enough_when_the_hub_is_gone(repositories, tmp_path):
+    folder = tmp_path / "run"
+    with LocalHub(repositories) as local:
+        environment = local.environment(tmp_path / "home")
+        code, _, err = run("main.py", environment, *SHORT, "num_rounds=1", f"hydra.run.dir={folder}")
+        assert code == 0, err
     code, out, err = run("test.py", environment, f"--peft-path={folder}", "--question=Hello?", "--max-new-tokens=3")
     assert code == 0, err
     code, out, err = run("main.py", environment, *SHORT, "num_rounds=1", "dry_run=true")
@@ -105,6 +114,14 @@ def local(repositories, tmp_path, monkeypatch):
         hub.forget()
         yield server
         hub.forget()
+
+
+def test_download_shows_how_far_it_is_where_all_else_is_quiet(local, monkeypatch, capsys):
+    quiet_libraries()
+    monkeypatch.setattr(hub, "LINE_S", -1.0)
+    hub.model_folder(MODEL, weights=True)
+    shown = capsys.readouterr().err
+    assert re.search(rf"downloading {MODEL}: \S+B of 1\d\.\dMB, .*B/s, \S+ left", shown), shown
 
 
 def test_model_is_downloaded_once_and_then_asked_for_with_one_request(local, monkeypatch):

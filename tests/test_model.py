@@ -1,6 +1,7 @@
 """Adapters without a base model equal PEFT's own; a base model is never changed."""
 
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ OPEN_LLAMA = {  # name: shapes, bytes of the float32 adapter with r=32 on q_proj
 def test_adapter_built_without_weights_has_peft_keys_shapes_and_bytes(size):
     shape, expected_bytes = OPEN_LLAMA[size]
     base, lora = LlamaConfig(vocab_size=32000, **shape), adapters.lora_config(compose().model)
-    adapter = adapters.initial_adapter(adapters.adapter_shapes(base, lora), lora, seed=0)
+    adapter = adapters.initial_adapter(adapters.adapter_shapes(adapters.empty_model(base), lora), lora, seed=0)
     with torch.device("meta"):
         peft = get_peft_model(AutoModelForCausalLM.from_config(base), lora)
     expected = {
@@ -42,7 +43,7 @@ def quickstart(quantization="none", *overrides):
 
 def built(cfg):
     lora = adapters.lora_config(cfg)
-    shapes = adapters.adapter_shapes(adapters.read_config(cfg), lora)
+    shapes = adapters.adapter_shapes(adapters.empty_model(adapters.read_config(cfg)), lora)
     return lora, shapes, adapters.initial_adapter(shapes, lora, seed=3)
 
 
@@ -282,6 +283,21 @@ def test_base_of_another_quantization_method_is_refused(tmp_path):
         adapters.stored_bits("a/b", base)
 
 
+def test_adapter_beside_a_base_model_is_not_put_in_silently(tmp_path):
+    shutil.copytree("quickstart/model", tmp_path / "model")
+    (tmp_path / "model/adapter_config.json").write_text("{}")
+    with pytest.raises(SettingsError, match="an adapter lies beside the model.*move adapter_config.json out of"):
+        adapters.read_config(quickstart("none", f"model.name={tmp_path / 'model'}"))
+
+
+@pytest.mark.parametrize("saved", ["k_proj", "mlp"])
+def test_quantized_layer_cannot_be_trained_whole(saved):
+    lora = f"+model.lora.modules_to_save=[{saved}]"
+    with pytest.raises(SettingsError, match=f"modules_to_save={saved}: .* is quantized"):
+        adapters.adapter_plan(quickstart("4", lora), adapters.read_config(quickstart("4")))
+    assert adapters.adapter_plan(quickstart("none", lora), adapters.read_config(quickstart()))
+
+
 @pytest.mark.parametrize("kind", ["t5", "qwen2_5_vl"])
 def test_model_that_is_no_causal_language_model_is_refused(kind, tmp_path):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
@@ -299,8 +315,6 @@ def test_tokenizer_of_another_model_is_refused():
 
 
 def test_weights_that_lack_tensors_or_are_torn_get_one_line(tmp_path):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     copy = tmp_path / "model"
