@@ -195,7 +195,8 @@ def test_another_base_can_be_named_and_a_checkpoint_with_more_files_is_whole(bas
     (folder / ".cache").mkdir()
     with pytest.raises(SettingsError, match="revision=v2; download that one, and name its folder with --base"):
         answering.find_tuned(answering.find_checkpoint(str(folder)), options(folder))
-    tuned = answering.find_tuned(answering.find_checkpoint(str(folder)), options(folder, f"--base={bases['tied']}"))
+    named = options(folder, "--question=x", f"--base={bases['tied']}")
+    tuned = answering.find_tuned(answering.find_checkpoint(str(folder)), named)
     assert tuned.cfg.name == str(bases["tied"])
     with (folder / "adapter_config.json").open("a") as file:
         file.write(" ")
