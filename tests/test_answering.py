@@ -261,7 +261,7 @@ REFUSED = {
     "template": (["--peft-path={run}", "--question=x", "--template=no"], "--template=no: use alpaca, vicuna_v1.1"),
     "broken line": (["--peft-path={run}", "--questions={broken}", "--output={empty}/a"], "line 2 is not a JSON object"),
     "no text": (["--peft-path={run}", "--questions={blank}", "--output={empty}/a"], "line 1 has no text"),
-    "missing base": (["--peft-path={lost}", "--question=x"], "model.name=/lost/base: "),
+    "missing base": (["--peft-path={lost}", "--question=x"], "--base=/lost/base: "),
     "other base": (["--peft-path={other}", "--question=x"], "does not fit the base model quickstart/model"),
     "torn adapter": (["--peft-path={torn}", "--question=x"], "adapter_model.safetensors cannot be read"),
 }  # fmt: skip
