@@ -827,9 +827,8 @@ def wait_for(run, beginning: str) -> None:
     raise AssertionError(f"ended before {beginning}")
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_first_signal_keeps_the_last_whole_round_and_says_how_to_go_on(number, code, tmp_path):
     run = start(*SHORT, f"hydra.run.dir={tmp_path}")
     wait_for(run, "round 2/")
