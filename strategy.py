@@ -202,8 +202,7 @@ class Federation:
             return
         ask = Message(RecordDict(), self.clients.nodes[min(self.clients.nodes)], f"{MessageType.QUERY}.initial_adapter")
         replies = list(self.clients.exchange([ask]).values())
-        if replies and (reason := same_refusal({0: replies[0]}, 1)):
-            raise SettingsError(reason)
+        raise_shared_refusal(replies, 1)
         fault = check_adapter(replies[0], self.shapes) if replies else f"no reply in {self.clients.timeout_s:g}s"
         if fault:
             raise RunError(f"no initial adapter: {fault}")
@@ -309,7 +308,7 @@ class Federation:
         """Let clients train until `min_replies` replies are good; returns these by client, and what was dropped.
 
         Raises:
-                SettingsError: if all clients say the same that has to be changed.
+            SettingsError: if all clients say the same that has to be changed.
             RunError: if too few are good after `round_retries` more trials, with the first client's own traceback.
         """
         sampling = self.config.sampling
@@ -324,8 +323,8 @@ class Federation:
                 "train", round_number, chosen, self.state.adapter, **{"learning-rate": learning_rate}
             )
             replies = self.clients.exchange(messages)
-            if not (good or trial) and (reason := same_refusal(replies, len(chosen))):
-                raise SettingsError(reason)
+            if not (good or trial):
+                raise_shared_refusal(replies.values(), len(chosen))
             self.accept(round_number, chosen, replies, good, dropped)
             if len(good) >= sampling.min_replies:
                 return sorted(good.items()), dropped, trial
@@ -533,8 +532,8 @@ class Federation:
     def scores(self, round_number: int, adapter: Adapter, chosen: Sequence[int], rows: str) -> tuple[Scores, list[int]]:
         """The scores that the `chosen` clients give on their `own` rows or the `global` ones, and who answered."""
         replies = self.clients.exchange(self.messages("evaluate", round_number, chosen, adapter, rows=rows))
-        if not round_number and (reason := same_refusal(replies, len(chosen))):
-            raise SettingsError(reason)
+        if not round_number:
+            raise_shared_refusal(replies.values(), len(chosen))
         good = {}
         for partition in chosen:
             reply = replies.get(self.clients.nodes[partition])
@@ -656,11 +655,16 @@ class Federation:
         return summary
 
 
-def same_refusal(replies: Mapping[int, Message], count: int) -> str | None:
-    """What all of `count` clients say has to be changed, if it is the same: then no other try or client would help."""
-    errors = [reply.error for reply in replies.values() if reply.has_error()]
+def raise_shared_refusal(replies: Iterable[Message], count: int) -> None:
+    """End the run if all of `count` clients name the same thing to change: no other try or client would help.
+
+    Raises:
+        SettingsError: with what they say.
+    """
+    errors = [reply.error for reply in replies if reply.has_error()]
     reasons = [str(error.reason) for error in errors if error.code == SETTINGS_ERROR]
-    return reasons[0] if len(reasons) == count and len(set(reasons)) == 1 else None
+    if len(reasons) == count and len(set(reasons)) == 1:
+        raise SettingsError(reasons[0])
 
 
 def busiest_process(good: Sequence[tuple[int, Message]]) -> float:

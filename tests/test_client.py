@@ -65,7 +65,14 @@ def test_nothing_leaks_from_one_client_to_the_next(worker):
     assert distance(first, again) == 0.0
 
 
-def test_round_equals_a_hand_written_loop(worker):
+@pytest.mark.parametrize(
+    ("quantization", "loss_within", "most_within"),
+    [("none", 1e-5, 1e-5), ("4", 1e-2, 1e-3)],  # in bfloat16 processors differ, and Adam amplifies small gradients
+)
+def test_round_equals_a_hand_written_loop(quantization, loss_within, most_within):
+    worker = Worker(small(NO_DROPOUT, f"model.quantization={quantization}"))
+    if quantization == "none":
+        worker.model.float()
     config, adapter, steps = worker.config, start(worker.config), 2
     ours, report = fine_tune(worker, adapter, 0, Task(1, 3e-3, first_row=4))
 
@@ -83,12 +90,11 @@ def test_round_equals_a_hand_written_loop(worker):
         losses[-1].backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-    assert report["train_loss"] == pytest.approx(np.mean([loss.item() for loss in losses]), rel=2e-3)
-    # bfloat16 activations round differently in micro-batches; Adam's steps of 3e-3 amplify that near zero gradients.
+    assert report["train_loss"] == pytest.approx(np.mean([loss.item() for loss in losses]), rel=loss_within)
     theirs = adapters.get_adapter(worker.model)
     close = np.concatenate([np.abs(ours[name] - theirs[name]).ravel() for name in ours])
-    assert np.median(close) < 1e-4
-    assert np.mean(close < 1e-3) > 0.97
+    assert np.median(close) < most_within / 10
+    assert np.mean(close < most_within) > 0.97
 
 
 def whole_batch_loss(model, rows, dtype=None):
