@@ -116,7 +116,8 @@ def start_run(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 def test_killed_worker_is_replaced_and_no_process_outlives_the_driver(tmp_path):
-    run = start_run(tmp_path, "num_rounds=40", "num_clients=4", "strategy.fraction_fit=0.5")
+    steps = "train.training_arguments.max_steps=4"  # long enough for a kill to come within a round
+    run = start_run(tmp_path, "num_rounds=40", "num_clients=4", "strategy.fraction_fit=0.5", steps)
     try:
         lines = []
         for line in run.stdout:
