@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import huggingface_hub
@@ -311,9 +311,14 @@ def download(key: str, name: str, kind: str, info: Any, files: list[str]) -> Pat
     if there and there.name == info.sha:
         return there
     with refused(key, name, kind):
-        bar = type("Bar", (DownloadBar,), {"what": name, "bytes": missing_bytes(info, name, kind, files)})
+        missing = missing_bytes(info, name, kind, files)
+        bar = type("Bar", (DownloadBar,), {"what": name, "bytes": missing, "shown": []})
         with shown_progress():
-            return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, tqdm_class=bar))
+            try:
+                return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, tqdm_class=bar))
+            finally:
+                for shown in bar.shown:  # huggingface_hub leaves it on the terminal, and its cursor behind it
+                    shown.close()
 
 
 @contextlib.contextmanager
@@ -341,7 +346,9 @@ def missing_bytes(info: Any, name: str, kind: str, files: Collection[str]) -> in
 class DownloadBar(tqdm):
     """Bytes, speed and time left of a download: one live line on a terminal, elsewhere a line every half minute."""
 
-    what, bytes = "", 0
+    what, bytes = "", 0  # all that are missing, if the Hub told their sizes
+    added = 0  # what huggingface_hub adds up file by file
+    shown: ClassVar[list[tqdm]] = []
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         self.live, self.said = sys.stderr.isatty(), time.monotonic()
@@ -349,14 +356,15 @@ class DownloadBar(tqdm):
         shown = settings.get("name") == PROGRESS  # the others count files and transfers
         settings |= {"disable": not shown, "bar_format": form, "leave": False, "file": sys.stderr}
         super().__init__(*arguments, **settings)
+        self.shown.append(self)
 
     @property
     def total(self) -> int:
-        """All bytes that are missing; huggingface_hub would add them up file by file."""
-        return self.bytes
+        return self.bytes or self.added
 
     @total.setter
-    def total(self, _: object) -> None: ...
+    def total(self, added: int | None) -> None:
+        self.added = added or 0
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if self.live:

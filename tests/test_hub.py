@@ -166,7 +166,7 @@ def test_absent_and_gated_models_and_an_absent_hub_get_one_line(local, repositor
 @pytest.mark.slow
 def test_download_that_breaks_for_good_ends_in_one_line_and_goes_on_the_next_time(local):
     local.break_at = 2_000_000
-    with pytest.raises(RunError, match="broke off .*what was downloaded is kept") as raised:
+    with pytest.raises(RunError, match="broke off .*files that are complete are kept") as raised:
         hub.model_folder(MODEL, weights=True)
     assert "\n" not in str(raised.value)
     local.break_at = 0
