@@ -1,7 +1,7 @@
 """The same pieces on Flower's deployment engine: `server`, `client`, `client1`, `client2`, and two launchers.
 
 Flower starts a new process for every message, so importing this module must stay cheap: the model
-libraries are imported by the work itself, or live in the node's resident worker (see resident.py).
+libraries are imported by the work itself, or live in the node's resident worker (see deployment/resident.py).
 """
 
 import shlex
@@ -14,13 +14,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-import resident
-import runfolder
-from resident import replied
+from deployment import resident
+from exchange.faults import replied
+from runs import runfolder
+from settings.resume import read_settings
 from utils import send_nothing_home
 
 if TYPE_CHECKING:
-    from config import RunConfig
+    from settings.schema import RunConfig
 
 OVERRIDES = "overrides"  # the one run-config key: Hydra overrides, separated by blanks as in a shell
 
@@ -34,8 +35,8 @@ def serve(grid: Grid, context: Context) -> None:
     overrides = shlex.split(str(context.run_config.get(OVERRIDES, "")))
     folder = None
     try:
-        from compose import compose
-        from config import SettingsError
+        from settings.compose import compose
+        from settings.schema import SettingsError
 
         config = compose(overrides, "deployment")
         if config.baseline:
@@ -58,8 +59,8 @@ def play(grid: Grid, config: "RunConfig", overrides: list[str], folder: Path) ->
     log_to_file(folder / "main.log")
     from dataset import read_template
     from model import read_tokenizer
-    from progress import RunProgress, summary_line
-    from strategy import Federation
+    from runs.progress import RunProgress, summary_line
+    from server.federation import Federation
 
     with runfolder.claimed(folder, config, overrides) as going_on, RunProgress(config.num_rounds) as progress:
         template = read_template(config.dataset, read_tokenizer(config.model))
@@ -73,14 +74,14 @@ def play(grid: Grid, config: "RunConfig", overrides: list[str], folder: Path) ->
 
 def run_folder(below: Path, resume: str | None) -> Path:
     """A new run folder, or the one of the run that goes on; nothing outside of `below` is written."""
-    from config import SettingsError
+    from settings.schema import SettingsError
 
     if resume is None:
         return new_folder(below)
     folder = Path(resume).resolve()
     if not folder.is_relative_to(below.resolve()):
         raise SettingsError(f"resume={resume}: on a SuperLink only runs below {below} go on")
-    runfolder.read_settings(folder)
+    read_settings(folder)
     return folder
 
 

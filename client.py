@@ -24,10 +24,7 @@ from datasets import Dataset
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-import hub
 import model as adapters
-import transfer
-from config import RunConfig, SettingsError
 from dataset import (
     Partition,
     fresh_rows,
@@ -40,12 +37,16 @@ from dataset import (
     split_holdout,
     tokenize_rows,
 )
-from evaluation import HeldOut, Scores, figures, held_out, score
-from memory import advice
+from exchange import transfer
+from exchange.faults import replied
+from exchange.scores import Scores, figures
+from exchange.transfer import to_record
+from hub import models as hub
+from learning.evaluation import HeldOut, held_out, score
+from learning.memory import advice
+from learning.training import Task, by_length, make_trainer, padded_tokens, peak_memory_bytes, train_on
 from model import Adapter, first_sentence
-from resident import SOCKET_VARIABLE, replied
-from training import Task, by_length, make_trainer, padded_tokens, peak_memory_bytes, train_on
-from transfer import to_record
+from settings.schema import RunConfig, SettingsError
 from utils import log_to_file, seed_of
 
 FETCHED_S = 2.0  # how long a client's introduction waits for the base model to be on its machine
@@ -249,6 +250,8 @@ class Site:
     cache_folder: Path | None = None
     """Where the workers of one machine share tokenized partitions."""
     log_file: Path | None = None
+    is_resident: bool = False
+    """The process is a node's resident worker, and outlives its messages."""
 
 
 def client_app(site: Site) -> ClientApp:
@@ -287,8 +290,7 @@ def describe(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
     worker = resident_worker(site)
     facts = ConfigRecord({"partition-id": partition_id, "device": device_name(), "own-data": site.own_rows})
     try:
-        lasting = SOCKET_VARIABLE in os.environ  # else the download would end with this process
-        worker.fetching.result(FETCHED_S if lasting else None)
+        worker.fetching.result(FETCHED_S if site.is_resident else None)  # else the download would end with the process
         facts["num-rows"] = len(worker.raw_rows(partition_id))
     except TimeoutError:
         facts["num-rows"], facts["loading"] = 0, site.config.model.name

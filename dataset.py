@@ -27,9 +27,8 @@ from safetensors.numpy import load_file, save_file
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
-import hub
-from config import CONFIG_FOLDER, DatasetConfig, SettingsError, check_keywords
-from model import end_ids
+from hub.data import data_builder
+from settings.schema import CONFIG_FOLDER, DatasetConfig, SettingsError, check_keywords
 from utils import generator, local_path, shipped_path, shortened
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def read_hub(cfg: DatasetConfig) -> Dataset:
         RunError: if the network fails, and the data set is not in the cache.
     """
     key = f"dataset.name={cfg.name}"
-    builder = hub.data_builder(key, cfg.name)
+    builder = data_builder(key, cfg.name)
     try:
         builder.download_and_prepare()
         with contextlib.suppress(OSError):
@@ -298,6 +297,18 @@ def encode_response(
     ends = end_ids(tokenizer)
     end = next((position for position, token in enumerate(ids) if token in ends), None)
     return [*ids, tokenizer.eos_token_id] if end is None else ids[: end + 1]  # what a template writes behind it is cut
+
+
+@functools.lru_cache(maxsize=4)
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's EOS, and those that the model's own files name beside it."""
+    ends: set[int] = {tokenizer.eos_token_id}
+    for file in ("generation_config.json", "config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            named = json.loads((Path(tokenizer.name_or_path) / file).read_text(encoding="utf-8")).get("eos_token_id")
+            ends |= {named} if isinstance(named, int) else set(named or [])
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(end for end in ends if end in special or end == tokenizer.eos_token_id)
 
 
 def render(

@@ -19,12 +19,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-import compare
-import engine
-import runfolder
-import stopping
-from compose import canonical, checked, one_line, resumed
-from config import CONFIG_FOLDER, SettingsError
+from runs import runfolder, stopping
+from runs.compare import SweepReport
+from runs.records import COMPLETE, read_run
+from server import engine
+from settings.compose import canonical, checked, one_line
+from settings.resume import continued, resumed
+from settings.schema import CONFIG_FOLDER, SettingsError
 from utils import objective, send_nothing_home
 
 exit_codes: list[int] = []  # of the jobs of this command line
@@ -38,8 +39,8 @@ def job(cfg: DictConfig) -> float:
     try:
         config = checked(cfg)
         going_on = not config.dry_run and (config.resume or config.resume_sweep)
-        done = compare.read_run(folder) if going_on else None
-        if done and done.status == compare.COMPLETE and not runfolder.has_more_room(folder, config, done.results):
+        done = read_run(folder) if going_on else None
+        if done and done.status == COMPLETE and not runfolder.has_more_room(folder, config, done.results):
             runfolder.check_same(folder, config)
             ended = done.results.get("ended")
             print(f"{folder}: already complete, final loss {done.results['final_train_loss']:.4f}")
@@ -49,7 +50,7 @@ def job(cfg: DictConfig) -> float:
         if not config.dry_run:
             engine.check_machine(config)
             engine.warm_up(config, folder / "main.log")
-        import simulation  # the model libraries take seconds: settings are checked first
+        from server import simulation  # the model libraries take seconds: settings are checked first
 
         return simulation.show_plan(config, folder) if config.dry_run else simulation.run(config, folder, overrides)
     except KeyboardInterrupt:
@@ -95,7 +96,7 @@ def main() -> int:
     logging.raiseExceptions = False  # a log that cannot be written must not bury the reason
     try:
         stopping.listen()
-        sys.argv[1:] = runfolder.continued(resumed(canonical(sys.argv[1:])))
+        sys.argv[1:] = continued(resumed(canonical(sys.argv[1:])))
         job()
     except KeyboardInterrupt as stopped:
         print("stopped", *last_words, file=sys.stderr)
@@ -104,7 +105,7 @@ def main() -> int:
         return report(SettingsError(one_line(error)))
     except OSError as error:
         return report(SettingsError(f"{error.filename}: {error.strerror}; choose another folder (hydra.run.dir)"))
-    if compare.SweepReport.failed:
+    if SweepReport.failed:
         return 1
     return max(exit_codes, default=0)
 

@@ -32,8 +32,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-import hub
-from config import ModelConfig, SettingsError, check_keywords
+from hub import models as hub
+from settings.schema import ModelConfig, SettingsError, check_keywords
 from utils import local_path, shipped_path, shortened, torn_files, write_digests
 
 log = logging.getLogger(__name__)
@@ -172,18 +172,6 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocabulary: i
         raise SettingsError(
             f"model.name={name}: its tokenizer makes token {max(ids)}, the model has {vocabulary}; it is another's"
         )
-
-
-@functools.lru_cache(maxsize=4)
-def end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: the tokenizer's EOS, and those that the model's own files name beside it."""
-    ends: set[int] = {tokenizer.eos_token_id}
-    for file in ("generation_config.json", "config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            named = json.loads((Path(tokenizer.name_or_path) / file).read_text(encoding="utf-8")).get("eos_token_id")
-            ends |= {named} if isinstance(named, int) else set(named or [])
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(end for end in ends if end in special or end == tokenizer.eos_token_id)
 
 
 def lora_config(cfg: ModelConfig, model: Any = None) -> LoraConfig:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from config import RunError, SettingsError
-from utils import send_nothing_home
+from settings.schema import RunError, SettingsError
+from utils import quiet_transformers, send_nothing_home
 
 MODES = ("question", "chat", "questions", "evaluate", "tasks", "merge")
 RANGES: dict[str, tuple[float, float]] = {
@@ -177,15 +177,36 @@ def check_folder_to_write(path: Path) -> None:
         raise SettingsError(f"--merge={path}: the folder is not empty; choose another")
 
 
+def run(options: argparse.Namespace) -> None:
+    """Do what the options of test.py ask for. Raises SettingsError for whatever they name that is not there."""
+    # the model libraries take seconds: arguments are checked first
+    from learning.answering import Answerer, answer_all, ask, chat, evaluate, kept_answers, merge, read_questions
+    from learning.tuned import find_checkpoint
+
+    quiet_transformers()
+    if options.tasks:
+        from learning.harness import run_tasks  # of an optional package: it may be missing
+    questions = read_questions(options.questions) if options.questions else []
+    checkpoint = find_checkpoint(options.peft_path)
+    if options.merge:
+        return merge(checkpoint, options)
+    answerer = Answerer(checkpoint, options)
+    if options.evaluate:
+        return evaluate(answerer, options)
+    if options.tasks:
+        return run_tasks(answerer, options)
+    if options.questions:
+        return answer_all(answerer, options, questions, kept_answers(options.output, questions, answerer.made_by))
+    return chat(answerer) if options.chat else ask(answerer, options)
+
+
 def main() -> int:
     send_nothing_home()
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries say at import is not for the user
     try:
         options = parse()
         check_arguments(options)
-        import answering  # the model libraries take seconds: arguments are checked first
-
-        answering.run(options)
+        run(options)
     except (SettingsError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1

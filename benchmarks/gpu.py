@@ -26,8 +26,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import model as adapters
-from config import DatasetConfig, ModelConfig, RunConfig, TrainConfig
-from training import Task, make_trainer, train_on
+from learning.training import Task, make_trainer, train_on
+from settings.schema import DatasetConfig, ModelConfig, RunConfig, TrainConfig
 from utils import quiet_transformers
 
 SHAPES: dict[str, dict[str, int]] = {  # of OpenLLaMA v2

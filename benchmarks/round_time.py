@@ -29,10 +29,10 @@ from trl import SFTConfig, SFTTrainer
 import model as adapters
 from benchmarks import workload
 from client import Worker, fine_tune
-from compose import compose
-from config import RunConfig
 from dataset import fresh_rows
-from training import Task, by_length, collate
+from learning.training import Task, by_length, collate
+from settings.compose import compose
+from settings.schema import RunConfig
 from utils import bytes_text, peak_resident_bytes, quiet_libraries
 
 CLIENTS = 20

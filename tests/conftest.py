@@ -17,16 +17,16 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 import client
-import compare
 import main
 from client import Site, client_app
-from compose import compose
-from config import RunConfig
 from dataset import TEMPLATE_FOLDER
-from engine import identify_as_flower_task
-from guard import REPORT
-from strategy import Federation
-from transfer import decode, encode, to_record
+from exchange.guard import REPORT
+from exchange.transfer import decode, encode, to_record
+from runs import compare
+from server.engine import identify_as_flower_task
+from server.federation import Federation
+from settings.compose import compose
+from settings.schema import RunConfig
 from utils import file_sha256, read_json_lines, seed_of
 
 # rouge-score brings absl, whose log handler closes its stream when Hydra sets logging up: let it not be pytest's
@@ -170,7 +170,7 @@ def play(config, folder, clients=None, going_on=False):
     client._resident.clear()
     federation = make_federation(config, folder)
     clients = clients or Clients(config)
-    clients.initial, clients.shapes = federation.initial, federation.shapes
+    clients.initial, clients.shapes = federation.codec.initial, federation.shapes
     if going_on:
         federation.restore()
     federation.run(LocalGrid(clients, config.num_clients))

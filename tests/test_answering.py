@@ -16,14 +16,14 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import answering
 import dataset
-import harness
 import model as adapters
 import test as cli
 from client import GLOBAL_SET, Worker, evaluate_adapter
-from config import SettingsError
-from evaluation import figures, held_out, losses_on, score, until
+from exchange.scores import figures
+from learning import answering, harness, tuned
+from learning.evaluation import held_out, losses_on, score, until
+from settings.schema import SettingsError
 from tests.conftest import small
 from utils import SUITE_FOLDER, read_json_lines
 
@@ -54,12 +54,12 @@ def options(run_folder, *extra: str):
 
 @pytest.fixture(scope="module")
 def answerer(run_folder):
-    return answering.Answerer(answering.find_checkpoint(str(run_folder)), options(run_folder, "--question=x"))
+    return answering.Answerer(tuned.find_checkpoint(str(run_folder)), options(run_folder, "--question=x"))
 
 
 def test_a_run_folder_means_its_last_checkpoint(run_folder):
-    assert answering.find_checkpoint(str(run_folder)).name == "peft_10"
-    assert answering.find_checkpoint(str(run_folder / "peft_2")).name == "peft_2"
+    assert tuned.find_checkpoint(str(run_folder)).name == "peft_10"
+    assert tuned.find_checkpoint(str(run_folder / "peft_2")).name == "peft_2"
 
 
 @pytest.mark.parametrize("quantization", ["4", "8", "none"])
@@ -67,10 +67,10 @@ def test_base_model_is_loaded_as_it_was_trained_unless_told_otherwise(quantizati
     checkpoint = tmp_path / "peft_1"
     checkpoint.mkdir()
     (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "quickstart/model"}')
-    assert answering.base_settings(checkpoint, None).quantization == "none"  # an adapter from elsewhere
+    assert tuned.base_settings(checkpoint, None).quantization == "none"  # an adapter from elsewhere
     (checkpoint / "state.json").write_text(json.dumps({"quantization": quantization}))
-    assert answering.base_settings(checkpoint, None).quantization == quantization
-    assert answering.base_settings(checkpoint, "8").quantization == "8"
+    assert tuned.base_settings(checkpoint, None).quantization == quantization
+    assert tuned.base_settings(checkpoint, "8").quantization == "8"
 
 
 def test_prompt_ids_equal_those_of_training_up_to_the_response(answerer):
@@ -99,21 +99,21 @@ def test_generation_stops_at_the_end_of_sequence_token(answerer):
 
 
 def test_merged_model_equals_adapter_on_an_unquantized_base(run_folder, tmp_path):
-    answering.run(options(run_folder, f"--merge={tmp_path / 'merged'}"))
+    cli.run(options(run_folder, f"--merge={tmp_path / 'merged'}"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     base = AutoModelForCausalLM.from_pretrained(SUITE_FOLDER / "quickstart/model", dtype=torch.float32)
-    tuned = PeftModel.from_pretrained(base, run_folder / "peft_10").eval()
+    by_hand = PeftModel.from_pretrained(base, run_folder / "peft_10").eval()
     assert tokenizer.chat_template == ALPACA
     for row in HELDOUT[:5]:
         message = dataset.as_message(row)
         ids = torch.tensor([dataset.encode_prompt(tokenizer, tokenizer.chat_template, [message])])
         with torch.no_grad():
-            assert (merged(ids).logits - tuned(ids).logits).abs().max() < 1e-3
-        answers = [m.generate(ids, max_new_tokens=16, do_sample=False).tolist() for m in (merged, tuned)]
+            assert (merged(ids).logits - by_hand(ids).logits).abs().max() < 1e-3
+        answers = [m.generate(ids, max_new_tokens=16, do_sample=False).tolist() for m in (merged, by_hand)]
         assert answers[0] == answers[1]
     with pytest.raises(SettingsError, match="is not empty"):
-        answering.run(options(run_folder, f"--merge={tmp_path / 'merged'}"))
+        cli.run(options(run_folder, f"--merge={tmp_path / 'merged'}"))
 
 
 def write_questions(path: Path, count: int) -> Path:
@@ -175,25 +175,25 @@ def test_answers_to_other_questions_are_never_continued(tmp_path):
 def test_answers_of_another_adapter_or_with_other_options_are_never_continued(run_folder, tmp_path):
     files = [f"--questions={write_questions(tmp_path / 'q.jsonl', 3)}", f"--output={tmp_path / 'a.jsonl'}"]
     asked = [*files, "--max-new-tokens=2", "--quantization=none"]
-    answering.run(options(run_folder, *asked))
+    cli.run(options(run_folder, *asked))
     before = (tmp_path / "a.jsonl").read_bytes()
     lines = read_json_lines(tmp_path / "a.jsonl")
     assert [list(line) for line in lines] == [["instruction", "input", "answer", "made_by"]] * 3
-    answering.run(options(run_folder, *asked))  # the same again: everything is there already
-    answering.run(options(run_folder / "peft_10", *asked))
+    cli.run(options(run_folder, *asked))  # the same again: everything is there already
+    cli.run(options(run_folder / "peft_10", *asked))
     (tmp_path / "vicuna.jinja").write_text(dataset.find_template("vicuna_v1.1").read_text())
     changes = ["--seed=1", "--top-p=0.5", "--temperature=0.5", "--max-new-tokens=3", "--quantization=8"]
     for change in (*changes, "--template=vicuna_v1.1", f"--template={tmp_path / 'vicuna.jinja'}"):
         with pytest.raises(SettingsError, match=r"--output=.*: exists, and another adapter .* choose another file"):
-            answering.run(options(run_folder, *asked, change))
+            cli.run(options(run_folder, *asked, change))
     with pytest.raises(SettingsError, match="another adapter"):
-        answering.run(options(run_folder / "peft_2", *asked))
+        cli.run(options(run_folder / "peft_2", *asked))
     assert (tmp_path / "a.jsonl").read_bytes() == before
     for line in lines:  # as answers were written before they said who made them
         del line["made_by"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(SettingsError, match="another adapter"):
-        answering.run(options(run_folder, *asked))
+        cli.run(options(run_folder, *asked))
 
 
 QUESTIONS = {
@@ -237,7 +237,7 @@ def test_a_disk_that_is_full_gets_one_line(run_folder, tmp_path, monkeypatch):
     files = [f"--questions={write_questions(tmp_path / 'q.jsonl', 1)}", f"--output={tmp_path / 'a.jsonl'}"]
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SettingsError, match=r"--output=.*: cannot be written \(No space left on device\); make room"):
-        answering.run(options(run_folder, *files, "--max-new-tokens=1"))
+        cli.run(options(run_folder, *files, "--max-new-tokens=1"))
 
 
 def test_conversation_prompt_holds_its_history(answerer):
@@ -396,12 +396,12 @@ def eval_file(tmp_path_factory) -> Path:
 
 
 def test_measurements_equal_those_of_the_clients(run_folder, eval_file, tmp_path, capsys):
-    answering.run(options(run_folder, f"--evaluate={eval_file}", "--compare", f"--output={tmp_path / 'out.json'}"))
+    cli.run(options(run_folder, f"--evaluate={eval_file}", "--compare", f"--output={tmp_path / 'out.json'}"))
     found = json.loads((tmp_path / "out.json").read_text())
     worker = Worker(small(f"dataset.eval_name={eval_file}", "evaluate.answers=7", "evaluate.max_new_tokens=24"))
-    tuned = figures(evaluate_adapter(worker, adapters.load_adapter(run_folder / "peft_10"), GLOBAL_SET))
+    adapted = figures(evaluate_adapter(worker, adapters.load_adapter(run_folder / "peft_10"), GLOBAL_SET))
     base = figures(evaluate_adapter(worker, worker.initial, GLOBAL_SET))
-    for ours, theirs in ((found["with the adapter"], tuned), (found["base model"], base)):
+    for ours, theirs in ((found["with the adapter"], adapted), (found["base model"], base)):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=5e-3)  # the batches differ, and it is bfloat16
         assert (ours["tokens"], ours["answers"]) == (theirs["tokens"], theirs["answers"])
         assert ours["by_category"].keys() == theirs["by_category"].keys()
@@ -415,7 +415,7 @@ def test_category_names_are_text_and_nothing_is_written_beside(run_folder, tmp_p
         "".join(json.dumps(HELDOUT[0] | {"category": name}) + "\n" for name in ("[/math]", "all", "[math]"))
     )
     monkeypatch.chdir(tmp_path)
-    answering.run(options(run_folder, "--evaluate=rows.jsonl", "--answers=0", "--quantization=4"))
+    cli.run(options(run_folder, "--evaluate=rows.jsonl", "--answers=0", "--quantization=4"))
     shown = capsys.readouterr().out
     assert "[/math]" in shown
     assert "[math]" in shown
@@ -492,7 +492,7 @@ def test_lm_eval_gives_the_log_likelihoods_of_our_own_loss(run_folder, eval_file
 def test_wrong_measurement_gets_one_clear_line(arguments, message, run_folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SettingsError) as raised:
-        answering.run(options(run_folder, *arguments))
+        cli.run(options(run_folder, *arguments))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -501,4 +501,4 @@ def test_tasks_without_lm_eval_say_what_to_install(run_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "harness", raising=False)
     with pytest.raises(SettingsError, match=r"--tasks: needs lm_eval .* pip install -r requirements-extras.txt"):
-        answering.run(options(run_folder, "--tasks=arc_easy"))
+        cli.run(options(run_folder, "--tasks=arc_easy"))

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import baselines
 import client
 from client import GLOBAL_SET, Worker, evaluate_adapter, fine_tune
-from compare import find_runs
-from config import SettingsError
-from evaluation import figures
+from exchange.scores import figures
+from learning.training import Task
+from runs import baselines
+from runs.records import find_runs
+from settings.schema import SettingsError
 from tests.conftest import Clients, call_main, play, run_locally, small
 from tests.test_client import start
 from tests.test_compare import make_run
-from training import Task
 from utils import cosine_learning_rate, write_json
 
 FEDERATION = ["num_clients=4", "strategy.fraction_fit=0.5", "num_rounds=3"]
@@ -76,9 +76,9 @@ def test_client_alone_is_trained_and_measured_by_itself(tmp_path):
         for name, value in adapter.items():
             np.testing.assert_array_equal(federation.strategy.own[f"{node}/{name}"], value)
         losses.append(figures(evaluate_adapter(worker, adapter, GLOBAL_SET))["loss"])
-    found = federation.metrics[-1]["held_out"]["global"]
+    found = federation.record.metrics[-1]["held_out"]["global"]
     assert found["loss"] == pytest.approx(sum(losses) / 2)
-    before = federation.metrics[0]["held_out_before"]["global"]
+    before = federation.record.metrics[0]["held_out_before"]["global"]
     assert found["tokens"] == 2 * before["tokens"]  # nobody has trained before: one client is enough
     assert losses[0] != losses[1]
 

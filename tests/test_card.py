@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 import model as adapters
-from answering import find_checkpoint
-from card import write_card
+from learning.answering import find_checkpoint
+from runs.card import write_card
 from tests.conftest import small
 from utils import SUITE_FOLDER
 

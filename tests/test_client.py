@@ -8,10 +8,10 @@ import torch
 
 import client
 import model as adapters
-import training
 from client import Task, Worker, fine_tune
 from dataset import IGNORED
-from evaluation import losses_on
+from learning import training
+from learning.evaluation import losses_on
 from tests.conftest import small
 from tests.test_model import weights_digest
 

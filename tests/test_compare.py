@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import compare
-from compose import resumed
-from config import SettingsError
+from runs import compare, records
+from settings.resume import resumed
+from settings.schema import SettingsError
 from tests.conftest import call_main, children, wait_for_end
 from utils import append_json_line, read_json_lines, write_json
 
@@ -58,7 +58,7 @@ def test_broken_folders_get_a_row_and_hide_no_other(folders, tmp_path):
         (folders / name / ".hydra").mkdir(parents=True)
         (folders / name / file).write_bytes(content)
     make_run(folders / "8", [float("nan")], [r"model.name='$\\frac{1$ |\n'"])
-    runs = compare.find_runs([folders])
+    runs = records.find_runs([folders])
     compare.report(runs, tmp_path)
     rows = {row["run"]: row for row in read_table(tmp_path)}
     assert list(rows) == ["0", "2", "3", "4", "5", "6", "7", "8", "10"]
@@ -73,8 +73,8 @@ def test_runs_of_one_name_and_settings_of_one_ending_stay_apart(tmp_path):
     make_run(tmp_path / "a" / "0", [1.0], ["model.name=x", "dataset.name=y"])
     make_run(tmp_path / "b" / "0", [2.0], ["model.name=y", "dataset.name=y"])
     make_run(tmp_path / "c" / "0", [3.0], ["model.name=x", "dataset.name=z"])
-    runs = compare.find_runs([tmp_path])
-    labels = [compare.label(run, compare.differing(runs)) for run in runs]
+    runs = records.find_runs([tmp_path])
+    labels = [records.label(run, records.differing(runs)) for run in runs]
     assert labels == ["model.name=x, dataset.name=y", "model.name=y, dataset.name=y", "model.name=x, dataset.name=z"]
     compare.report(runs, tmp_path / "out")
     assert [row["run"] for row in read_table(tmp_path / "out")] == ["a/0", "b/0", "c/0"]
@@ -83,10 +83,10 @@ def test_runs_of_one_name_and_settings_of_one_ending_stay_apart(tmp_path):
 def test_folder_of_another_run_keeps_its_own_settings_and_results(tmp_path, capsys):
     fast = [*TINY, f"hydra.run.dir={tmp_path}"]
     assert call_main(*fast, "seed=1") == 0
-    before = compare.read_run(tmp_path)
+    before = records.read_run(tmp_path)
     assert call_main(*fast, "seed=2") == 2
     assert "holds the results of another run" in capsys.readouterr().err
-    assert compare.read_run(tmp_path) == before
+    assert records.read_run(tmp_path) == before
     assert before.settings["seed"] == "1"
 
 
@@ -96,7 +96,7 @@ def read_table(folder: Path) -> list[dict[str, str]]:
 
 
 def test_table_has_a_row_a_run_with_what_differs_and_what_became_of_it(folders, tmp_path):
-    compare.report(compare.find_runs([folders]), tmp_path / "out")
+    compare.report(records.find_runs([folders]), tmp_path / "out")
     complete, interrupted, failed = read_table(tmp_path / "out")
     assert [row["run"] for row in (complete, interrupted, failed)] == ["0", "2", "10"]
     assert "num_rounds" not in complete
@@ -112,9 +112,9 @@ def test_table_has_a_row_a_run_with_what_differs_and_what_became_of_it(folders, 
 
 
 def test_labels_say_only_what_differs(folders):
-    runs = compare.find_runs([folders])
-    keys = compare.differing(runs)
-    assert [compare.label(run, keys) for run in runs] == [
+    runs = records.find_runs([folders])
+    keys = records.differing(runs)
+    assert [records.label(run, keys) for run in runs] == [
         "quantization=4, seed=1",
         "quantization=8, seed=1",
         "quantization=8, seed=2",
@@ -123,10 +123,10 @@ def test_labels_say_only_what_differs(folders):
 
 def test_any_run_folders_can_be_compared(folders, tmp_path, capsys, monkeypatch):
     other = make_run(tmp_path / "old", [1.0], ["seed=3"])
-    monkeypatch.setattr(sys, "argv", ["compare.py", str(folders / "0"), str(other), f"--output={tmp_path}"])
+    monkeypatch.setattr(sys, "argv", ["compare", str(folders / "0"), str(other), f"--output={tmp_path}"])
     assert compare.main() == 0
     assert capsys.readouterr().out.count("| complete |") == 2
-    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "nothing")])
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "nothing")])
     assert compare.main() == 2
     assert "nothing: no run folder there" in capsys.readouterr().err
 

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import engine
-import plan
-import simulation
-import training
-from compose import canonical, compose
-from config import CONFIG_FOLDER, SamplingConfig, SettingsError
+from learning import training
+from server import engine, plan, simulation
+from settings.compose import canonical, compose
+from settings.schema import CONFIG_FOLDER, SamplingConfig, SettingsError
 from tests.conftest import call_main, small
 
 SUITE = Path(__file__).parent.parent

@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import dataset
-from compose import compose
-from config import SettingsError
 from dataset import IGNORED
+from settings.compose import compose
+from settings.schema import SettingsError
 from tests.conftest import small
 
 ALPACA = dataset.find_template("alpaca").read_text()

@@ -1,5 +1,6 @@
 """Deployment: real SuperLinks and nodes on loopback, started by the launchers; and what a node refuses."""
 
+import io
 import json
 import os
 import signal
@@ -8,18 +9,19 @@ import statistics
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from flwr.cli.build import build_fab_from_disk
 
-import launchers
-import resident
-import training
-from config import SettingsError
-from deployment import certificates
+from deployment import certificates, launchers, resident
+from learning import training
+from settings.schema import SettingsError
 from tests.conftest import children
+from tests.test_house import modules
 from utils import SUITE_FOLDER, read_json_lines
 
 BIN = Path(sys.executable).parent
@@ -36,6 +38,20 @@ POLLING_S = 6.0  # Flower's: the SuperNode asks for messages, and the server for
 # --- what a node accepts, and what the launchers refuse -------------------------------------------
 
 PRIVATE = {"partition-id": 0}
+
+
+def test_bundle_for_flower_holds_all_that_an_app_imports(tmp_path):
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(SUITE_FOLDER))) as bundle:
+        bundle.extractall(tmp_path)
+    own = sorted(file.relative_to(SUITE_FOLDER) for file in modules().values())
+    assert not [file for file in own if not (tmp_path / file).is_file()]
+    code = "import app, sys, server.federation, client; print(*{m.__file__ for m in map(sys.modules.get, %r) if m})"
+    command = [sys.executable, "-c", code % list(modules())]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    files = done.stdout.split()
+    assert len(files) > 20
+    assert all(Path(file).is_relative_to(tmp_path) for file in files)
 
 
 def test_node_uses_its_own_rows_and_ignores_the_servers_data(tmp_path):
@@ -400,7 +416,7 @@ def test_faults_of_nodes_and_workers_and_a_late_node(tmp_path):
         for line in flwr.stdout:
             seen.append(line)
             if line.startswith("round 2/6"):
-                [worker] = children(first.pid, "resident.py")
+                [worker] = children(first.pid, "deployment.resident")
                 os.kill(worker, signal.SIGKILL)
             if line.startswith("round 4/6") and not killed:
                 killed = True
@@ -440,10 +456,10 @@ SERVER_MEMORY = """
 import json, sys, numpy as np
 from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-import engine
-from compose import compose
-from guard import REPORT
-from strategy import Federation
+from server import engine
+from settings.compose import compose
+from exchange.guard import REPORT
+from server.federation import Federation
 from tests.conftest import LocalGrid, Silent
 from utils import read_json_lines
 
@@ -467,7 +483,7 @@ run.mkdir()
 federation = Federation(config, run, "template", Silent())
 federation.run(LocalGrid(app, clients))
 peaks = [line["server_peak_memory_bytes"] for line in read_json_lines(run / "metrics.jsonl")]
-print(json.dumps([peaks, sum(value.nbytes for value in federation.state.adapter.values())]))
+print(json.dumps([peaks, sum(value.nbytes for value in federation.record.state.adapter.values())]))
 """
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-import engine
 from client import Site
-from config import ClientResources, SettingsError
-from engine import WorkerDied, WorkerGrid
+from server import engine
+from server.engine import WorkerDied, WorkerGrid
+from settings.schema import ClientResources, SettingsError
 from tests.conftest import children, small, wait_for_end
 from utils import read_json_lines
 

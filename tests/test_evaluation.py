@@ -10,20 +10,20 @@ import torch
 from datasets import Dataset
 from flwr.app import Message, MetricRecord, RecordDict
 
-import checkpoint
 import client
-import evaluation
-import runfolder
-import strategy
-import training
 from client import GLOBAL_SET, Site, Worker, client_app, evaluate_adapter
-from config import RunError, SettingsError
 from dataset import IGNORED, load_rows
-from evaluation import HeldOut, figures, score
-from guard import check_scores
-from memory import sizes
+from exchange.guard import check_scores
+from exchange.scores import figures
+from learning import evaluation, training
+from learning.evaluation import HeldOut, score
+from learning.memory import sizes
 from model import read_config
-from plan import check_inputs, traffic
+from runs import checkpoint, runfolder
+from server import federation as strategy
+from server.plan import check_inputs, traffic
+from settings.resume import read_settings
+from settings.schema import RunError, SettingsError
 from tests.conftest import Clients, LocalGrid, make_federation, outcome, play, run_locally, small
 from tests.test_client import start
 from utils import read_json_lines
@@ -215,12 +215,13 @@ def test_run_is_bit_identical_with_and_without_evaluation(quantization, few, tmp
     runs = [run_locally(small(*same, *more), tmp_path / str(len(more))) for more in ([], measuring)]
     assert runs[0][1]["adapter_sha256"] == runs[1][1]["adapter_sha256"]
     lines = [
-        [(line["train_loss"], line["clients"], line["rows"]) for line in federation.metrics] for federation, _ in runs
+        [(line["train_loss"], line["clients"], line["rows"]) for line in federation.record.metrics]
+        for federation, _ in runs
     ]
     assert lines[0] == lines[1]
-    assert "held_out" not in runs[0][0].metrics[0]
-    assert set(runs[1][0].metrics[0]["held_out"]) == {"global", "clients"}
-    assert runs[1][0].metrics[0]["held_out"]["global"]["answers"] == 3
+    assert "held_out" not in runs[0][0].record.metrics[0]
+    assert set(runs[1][0].record.metrics[0]["held_out"]) == {"global", "clients"}
+    assert runs[1][0].record.metrics[0]["held_out"]["global"]["answers"] == 3
 
 
 def test_global_set_is_evaluated_in_turn_by_one_client_and_by_nobody_else(few, tmp_path):
@@ -238,17 +239,23 @@ def test_global_set_is_evaluated_in_turn_by_one_client_and_by_nobody_else(few, t
     federation = make_federation(config, tmp_path)
     federation.run(Watched(client_app(Site(config)), 4))
     assert asked == [(0, "global"), (2, "global"), (4, "global"), (5, "global")]
-    size = federation.payload_bytes
-    assert [line["bytes_down"] // size for line in federation.metrics] == [3, 3, 2, 3, 3]  # two train; one evaluates
-    assert all(line["bytes_down"] % size == 0 for line in federation.metrics)
+    size = federation.budget.payload_bytes
+    assert [line["bytes_down"] // size for line in federation.record.metrics] == [
+        3,
+        3,
+        2,
+        3,
+        3,
+    ]  # two train; one evaluates
+    assert all(line["bytes_down"] % size == 0 for line in federation.record.metrics)
     worker = Worker(config)
-    direct = figures(evaluate_adapter(worker, federation.state.adapter, GLOBAL_SET))
-    assert federation.metrics[-1]["held_out"]["global"] == direct
-    assert federation.metrics[-1]["held_out"]["global"]["by_category"].keys() == {
+    direct = figures(evaluate_adapter(worker, federation.record.state.adapter, GLOBAL_SET))
+    assert federation.record.metrics[-1]["held_out"]["global"] == direct
+    assert federation.record.metrics[-1]["held_out"]["global"]["by_category"].keys() == {
         "arithmetic", "compare", "count", "extract", "opinion", "pick", "sort"
     }  # fmt: skip
     before = figures(evaluate_adapter(worker, start(config), GLOBAL_SET))
-    assert federation.metrics[0]["held_out_before"]["global"] == before
+    assert federation.record.metrics[0]["held_out_before"]["global"] == before
 
 
 def failing(times):
@@ -281,15 +288,15 @@ def test_another_client_evaluates_when_one_fails(times, measured, tmp_path):
 
     client._resident.clear()
     federation = make_federation(config, tmp_path)
-    clients.initial = federation.initial
+    clients.initial = federation.codec.initial
     federation.run(LocalGrid(app, 4))
-    assert ("held_out_before" in federation.metrics[0]) == measured
+    assert ("held_out_before" in federation.record.metrics[0]) == measured
     assert len(federation.progress.warnings) == times
     assert all(text.endswith("could not evaluate: no disk") for text in federation.progress.warnings)
-    assert federation.metrics[0]["held_out"]["global"]["loss"] == 1.0
+    assert federation.record.metrics[0]["held_out"]["global"]["loss"] == 1.0
 
 
-GOOD = [2.0, 1.0, 3.0, 1.0, 1.5, 2.0]  # in the order of evaluation.FIELDS
+GOOD = [2.0, 1.0, 3.0, 1.0, 1.5, 2.0]  # in the order of exchange.scores.FIELDS
 
 
 @pytest.mark.parametrize(
@@ -406,7 +413,7 @@ def test_run_that_never_beats_the_base_model_stops_and_says_so(tmp_path):
 @pytest.mark.parametrize("form", ["fp32", "int8"])
 def test_budget_ends_the_run_before_the_round_that_would_exceed_it(form, tmp_path):
     config = small("num_rounds=10", f"transfer={form}")
-    size = make_federation(config, tmp_path / "none").payload_bytes
+    size = make_federation(config, tmp_path / "none").budget.payload_bytes
     for most, rounds in ((12 * size, 3), (12 * size - 1, 2), (15.9 * size, 3), (16 * size, 4)):  # 2 clients, both ways
         limited = small("num_rounds=10", f"transfer={form}", f"strategy.max_bytes={most}")
         federation = play(limited, tmp_path / str(most))
@@ -418,13 +425,13 @@ def test_budget_ends_the_run_before_the_round_that_would_exceed_it(form, tmp_pat
         assert (
             traffic(limited, sizes(read_config(limited.model), limited))[0] == rounds
         )  # the dry run knows it beforehand
-        assert federation.state.round_number == rounds
+        assert federation.record.state.round_number == rounds
 
 
 def test_budget_counts_evaluations_and_further_trials(tmp_path):
     """A round is 2 x 2 adapters and one to evaluate, every second round and before the first: 1 + 4 + 5 + 4 + 5."""
     settings = ["num_rounds=10", HELD_OUT, "evaluate.every_rounds=2"]
-    size = make_federation(small(*settings), tmp_path / "none").payload_bytes
+    size = make_federation(small(*settings), tmp_path / "none").budget.payload_bytes
     config = small(*settings, f"strategy.max_bytes={18 * size}")
     play(config, tmp_path / "a", Clients(config, losses=dict.fromkeys(range(11), 1.0)))
     assert measured(tmp_path / "a")["rounds"] == 3  # 14; the fourth would make 19
@@ -442,13 +449,13 @@ def test_budget_counts_evaluations_and_further_trials(tmp_path):
     found = measured(tmp_path / "b")
     assert found["bytes_down"] + found["bytes_up"] == 9 * size  # 1 + 4, and 4 that were spent in vain
     again = play(tight, tmp_path / "b", going_on=True)  # and they still count in a process that goes on
-    assert again.state.round_number == 1
+    assert again.record.state.round_number == 1
     assert measured(tmp_path / "b")["bytes_down"] == found["bytes_down"]
 
 
 def test_last_adapter_of_a_budget_is_measured_if_there_is_room(tmp_path):
     settings = ["num_rounds=10", HELD_OUT, "evaluate.every_rounds=4"]
-    size = make_federation(small(*settings), tmp_path / "none").payload_bytes
+    size = make_federation(small(*settings), tmp_path / "none").budget.payload_bytes
     for most, measured_round in ((14, 3), (13, 0)):  # 1 + 4 + 4 + 4, and one more to measure
         config = small(*settings, f"strategy.max_bytes={most * size}")
         play(config, tmp_path / str(most), Clients(config, losses=losses(9, 8, 7, 6)))
@@ -460,7 +467,7 @@ def test_last_adapter_of_a_budget_is_measured_if_there_is_room(tmp_path):
 
 def test_resumed_dora_run_sends_and_ends_like_a_whole_one(tmp_path):
     settings = ["num_rounds=4", "model.lora.use_dora=true", "train.save_every_round=1"]
-    size = make_federation(small(*settings), tmp_path / "none").payload_bytes
+    size = make_federation(small(*settings), tmp_path / "none").budget.payload_bytes
     config = small(*settings, f"strategy.max_bytes={13 * size}")  # one before the first round, four in each
     play(config, tmp_path / "whole")
     assert measured(tmp_path / "whole")["rounds"] == 3
@@ -479,8 +486,8 @@ def test_client_can_not_weigh_more_than_its_rows_or_change_the_global_set(tmp_pa
 
     config = small("num_rounds=2", "dataset.holdout=0.1", "strategy.fraction_evaluate=1.0")
     federation = play(config, tmp_path / "own", Clients(config, boast, losses=losses(3, 2, 1)))
-    assert federation.metrics[1]["held_out"]["clients"]["loss"] == 1.0
-    assert federation.metrics[1]["held_out"]["clients"]["clients"] == [1, 2, 3]
+    assert federation.record.metrics[1]["held_out"]["clients"]["loss"] == 1.0
+    assert federation.record.metrics[1]["held_out"]["clients"]["clients"] == [1, 2, 3]
 
     def change(partition, number, reply):
         if "scores" in reply.content.metric_records and number == 2:
@@ -489,7 +496,7 @@ def test_client_can_not_weigh_more_than_its_rows_or_change_the_global_set(tmp_pa
 
     config = small("num_rounds=2", HELD_OUT, "evaluate.every_rounds=1")
     federation = play(config, tmp_path / "global", Clients(config, change, losses=losses(3, 2, 1)))
-    assert "held_out" not in federation.metrics[1]
+    assert "held_out" not in federation.record.metrics[1]
     assert "its scores are of 11 tokens, which cannot be" in federation.progress.warnings[0]
 
 
@@ -498,8 +505,8 @@ def test_more_clients_than_expected_do_not_evaluate_more(tmp_path):
     client._resident.clear()
     federation, clients = make_federation(config, tmp_path), Clients(config, losses=losses(2, 1))
     federation.run(LocalGrid(clients, 12))
-    assert federation.metrics[0]["held_out"]["global"]["tokens"] == 10
-    down = federation.metrics[0]["bytes_down"] // federation.payload_bytes
+    assert federation.record.metrics[0]["held_out"]["global"]["tokens"] == 10
+    down = federation.record.metrics[0]["bytes_down"] // federation.budget.payload_bytes
     assert down == 6 + 2  # half of twelve train; one evaluates before, one after
 
 
@@ -516,7 +523,7 @@ def test_budget_below_one_round_is_refused(tmp_path):
 
 
 def test_run_that_was_ended_early_goes_on_when_there_is_more_room(tmp_path):
-    size = make_federation(small(), tmp_path / "none").payload_bytes
+    size = make_federation(small(), tmp_path / "none").budget.payload_bytes
     less, more = (small("num_rounds=4", f"strategy.max_bytes={count * 4 * size}") for count in (2, 4))
     with runfolder.claimed(tmp_path / "run", small_in(tmp_path / "run", less), []):
         play(less, tmp_path / "run")
@@ -538,11 +545,11 @@ def small_in(folder, config):
 def test_link_that_is_not_the_best_checkpoint_is_still_refused(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"overrides": [], "settings": {}}))
     (tmp_path / "best").symlink_to("peft_7")
-    assert runfolder.read_settings(tmp_path)
+    assert read_settings(tmp_path)
     (tmp_path / "best").unlink()
     (tmp_path / "best").symlink_to("/etc")
     with pytest.raises(SettingsError, match="holds links"):
-        runfolder.read_settings(tmp_path)
+        read_settings(tmp_path)
 
 
 def test_checkpoint_needs_no_links(tmp_path, monkeypatch, caplog):
@@ -567,7 +574,7 @@ def test_wrong_setting_gets_one_clear_line(setting, message):
 
 def test_budget_that_a_first_round_exceeds_is_an_error(tmp_path):
     config = small("num_rounds=3")
-    config.strategy["max_bytes"] = 4.0 * make_federation(config, tmp_path / "none").payload_bytes
+    config.strategy["max_bytes"] = 4.0 * make_federation(config, tmp_path / "none").budget.payload_bytes
 
     def nobody(partition, number, reply):
         reply.content.metric_records["metrics"]["train_loss"] = math.nan
@@ -590,7 +597,7 @@ def test_long_and_odd_category_names_are_cut_to_one_line(exact):
 
 
 def test_wrong_limit_leaves_the_results_of_an_ended_run_alone(tmp_path):
-    size = make_federation(small(), tmp_path / "none").payload_bytes
+    size = make_federation(small(), tmp_path / "none").budget.payload_bytes
     config = small("num_rounds=4", f"strategy.max_bytes={8 * size}")
     (tmp_path / "run").mkdir()
     with runfolder.claimed(tmp_path / "run", config, []):

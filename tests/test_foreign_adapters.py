@@ -10,10 +10,10 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import answering
 import model as adapters
 import test as cli
-from config import SettingsError
+from learning import answering, tuned
+from settings.schema import SettingsError
 from tests.conftest import small
 from tests.hub.repositories import build
 from utils import SUITE_FOLDER, write_digests
@@ -136,7 +136,7 @@ def test_logits_are_those_of_plain_peft_loading(base, case, bases, saved_adapter
 @pytest.mark.parametrize(("base", "case"), CASES)
 def test_merged_model_equals_adapter_on_its_base(base, case, bases, saved_adapter, tmp_path):
     folder, rows = saved_adapter(base, case), SAVED[case][1]
-    answering.run(options(folder, f"--merge={tmp_path / 'merged'}"))
+    cli.run(options(folder, f"--merge={tmp_path / 'merged'}"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     last = len(AutoTokenizer.from_pretrained(tmp_path / "merged")) - 1
     assert last == 1279 + 3 * ("new" in SAVED[case][0])
@@ -174,7 +174,7 @@ def test_prompts_are_made_with_the_adapters_own_tokenizer(saved_adapter, tmp_pat
 def named_base(folder: Path, name) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
-    return answering.base_settings(folder, None).name
+    return tuned.base_settings(folder, None).name
 
 
 def test_a_merged_model_keeps_settings_of_generation_that_transformers_would_write():
@@ -194,14 +194,14 @@ def test_another_base_can_be_named_and_a_checkpoint_with_more_files_is_whole(bas
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs")  # as in a copy from the Hub
     (folder / ".cache").mkdir()
     with pytest.raises(SettingsError, match="revision=v2; download that one, and name its folder with --base"):
-        answering.find_tuned(answering.find_checkpoint(str(folder)), options(folder))
+        tuned.find_tuned(tuned.find_checkpoint(str(folder)), options(folder))
     named = options(folder, "--question=x", f"--base={bases['tied']}")
-    tuned = answering.find_tuned(answering.find_checkpoint(str(folder)), named)
-    assert tuned.cfg.name == str(bases["tied"])
+    found = tuned.find_tuned(tuned.find_checkpoint(str(folder)), named)
+    assert found.cfg.name == str(bases["tied"])
     with (folder / "adapter_config.json").open("a") as file:
         file.write(" ")
     with pytest.raises(SettingsError, match=r"damaged \(adapter_config.json\)"):
-        answering.find_checkpoint(str(folder))
+        tuned.find_checkpoint(str(folder))
 
 
 def test_a_base_with_python_code_of_its_own_needs_trust(tmp_path):
@@ -213,7 +213,7 @@ def test_a_base_with_python_code_of_its_own_needs_trust(tmp_path):
     lora, shapes = adapters.adapter_plan(cfg, adapters.read_config(cfg))
     adapters.save_adapter(tmp_path / "adapter", adapters.initial_adapter(shapes, lora, 0), lora, TEMPLATE)
     with pytest.raises(SettingsError, match="brings Python code of its own.*set --trust-remote-code"):
-        answering.find_tuned(tmp_path / "adapter", options(tmp_path / "adapter"))
+        tuned.find_tuned(tmp_path / "adapter", options(tmp_path / "adapter"))
     answerer = answering.Answerer(
         tmp_path / "adapter", options(tmp_path / "adapter", "--trust-remote-code", "--question=x")
     )

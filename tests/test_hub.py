@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import hub
-from config import RunError, SettingsError
+from hub import access
+from hub import models as hub
+from settings.schema import RunError, SettingsError
 from tests.hub.repositories import build
 from tests.hub.server import LocalHub
 from utils import SUITE_FOLDER, quiet_libraries, read_json_lines
@@ -118,7 +119,7 @@ def local(repositories, tmp_path, monkeypatch):
 
 def test_download_shows_how_far_it_is_where_all_else_is_quiet(local, monkeypatch, capsys):
     quiet_libraries()
-    monkeypatch.setattr(hub, "LINE_S", -1.0)
+    monkeypatch.setattr(access, "LINE_S", -1.0)
     hub.model_folder(MODEL, weights=True)
     shown = capsys.readouterr().err
     assert re.search(rf"downloading {MODEL}: \S+B of 1\d\.\dMB, .*B/s, \S+ left", shown), shown

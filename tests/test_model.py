@@ -11,9 +11,9 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import model as adapters
-import plan
-from compose import compose
-from config import SettingsError
+from server import plan
+from settings.compose import compose
+from settings.schema import SettingsError
 from tests.conftest import small
 
 OPEN_LLAMA = {  # name: shapes, bytes of the float32 adapter with r=32 on q_proj and v_proj

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import plan
-from compose import checked, one_line
-from config import CONFIG_FOLDER, DatasetConfig, SettingsError, setting_names
 from dataset import COLUMNS, load_rows, partition_rows, tokenize_rows
 from model import read_tokenizer
+from server import plan
+from settings.compose import checked, one_line
+from settings.schema import CONFIG_FOLDER, DatasetConfig, SettingsError, setting_names
 from tests.conftest import small
 
 OFTEN = [300, pytest.param(2000, marks=pytest.mark.slow)]

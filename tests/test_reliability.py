@@ -20,18 +20,16 @@ from flwr.serverapp.strategy import FedAvg
 from safetensors.numpy import load_file
 
 import app
-import checkpoint
 import client
-import memory
-import runfolder
-import stopping
-import training
-from compose import resumed
-from config import SettingsError
 from dataset import load_rows
-from guard import outliers
-from resident import SETTINGS_ERROR
-from strategy import RunError
+from exchange.faults import SETTINGS_ERROR
+from exchange.guard import outliers
+from exchange.transfer import to_record
+from learning import memory, training
+from runs import checkpoint, runfolder, stopping
+from settings import resume
+from settings.resume import resumed
+from settings.schema import RunError, SettingsError
 from tests.conftest import (
     Clients,
     LocalGrid,
@@ -44,7 +42,6 @@ from tests.conftest import (
     small,
     wait_for_end,
 )
-from transfer import to_record
 from utils import read_json_lines
 
 SUITE = Path(__file__).parent.parent
@@ -313,13 +310,13 @@ def write_settings(folder: Path, *overrides: str) -> None:
 def test_resume_stands_for_the_runs_own_command_line(tmp_path):
     write_settings(tmp_path, "experiment=quickstart", "seed=1", "resume=x")
     place = [f'resume="{tmp_path}"', f'hydra.run.dir="{tmp_path}"']
-    assert runfolder.continued([f"resume={tmp_path}"]) == ["experiment=quickstart", "seed=1", *place]
-    assert runfolder.continued([f"resume={tmp_path}", "ray.address=auto"]) == [
+    assert resume.continued([f"resume={tmp_path}"]) == ["experiment=quickstart", "seed=1", *place]
+    assert resume.continued([f"resume={tmp_path}", "ray.address=auto"]) == [
         "experiment=quickstart", "seed=1", "ray.address=auto", *place
     ]  # fmt: skip
-    assert runfolder.continued(["seed=1", "resume=null"]) == ["seed=1", "resume=null"]
+    assert resume.continued(["seed=1", "resume=null"]) == ["seed=1", "resume=null"]
     with pytest.raises(SettingsError, match="resume_sweep"):
-        runfolder.continued(["--multirun", f"resume={tmp_path}"])
+        resume.continued(["--multirun", f"resume={tmp_path}"])
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"overrides": [1], "settings": {}}', "\0"])
@@ -355,8 +352,8 @@ def test_folder_without_readable_settings_gets_one_line(content, tmp_path, capsy
 def test_strangers_run_folder_can_not_run_code(evil, tmp_path):
     write_settings(tmp_path, "experiment=quickstart", evil)
     with pytest.raises(SettingsError, match="which can run code, .*elsewhere; give it again"):
-        runfolder.continued([f"resume={tmp_path}"])
-    assert evil in runfolder.continued([f"resume={tmp_path}", evil])
+        resume.continued([f"resume={tmp_path}"])
+    assert evil in resume.continued([f"resume={tmp_path}", evil])
 
 
 def test_harmless_settings_are_not_asked_for_again(tmp_path):
@@ -365,7 +362,7 @@ def test_harmless_settings_are_not_asked_for_again(tmp_path):
         "strategy._target_=flwr.serverapp.strategy.FedYogi", "dataset/partitioner=dirichlet", "seed=3",
     ]  # fmt: skip
     write_settings(tmp_path, *harmless)
-    assert runfolder.continued([f"resume={tmp_path}"])[: len(harmless)] == harmless
+    assert resume.continued([f"resume={tmp_path}"])[: len(harmless)] == harmless
 
 
 def test_command_to_go_on_says_what_has_to_be_said_again(tmp_path):
@@ -393,7 +390,7 @@ def test_links_in_a_strangers_folder_are_not_followed(name, tmp_path):
     write_settings(folder, "seed=1")
     (folder / name).symlink_to(victim)
     with pytest.raises(SettingsError, match="holds links"):
-        runfolder.continued([f"resume={folder}"])
+        resume.continued([f"resume={folder}"])
     with pytest.raises(SettingsError), runfolder.claimed(folder, small(f"resume={folder}"), []):
         pass
     assert victim.read_text() == "precious"
@@ -410,7 +407,7 @@ def test_strategys_state_can_not_reach_its_class(name):
 @pytest.mark.parametrize("given", ["a'b", 'a"b', "a\\", "a${b}"])
 def test_folder_names_that_mean_something_to_hydra_are_refused(given):
     with pytest.raises(SettingsError, match="rename the folder"):
-        runfolder.continued([f"resume={given}"])
+        resume.continued([f"resume={given}"])
 
 
 def test_superlink_goes_on_only_with_runs_below_its_outputs(tmp_path):
@@ -492,7 +489,7 @@ def test_bad_replies_leave_the_adapter_that_the_good_ones_make(tmp_path):
     final = clients.good[30]
     kept = [partition for partition in final if partition not in bad.get(30, set())]
     weight = sum(10 + partition for partition in kept)
-    for name, value in federation.state.adapter.items():
+    for name, value in federation.record.state.adapter.items():
         by_hand = sum((10 + p) * final[p][name].astype(np.float64) for p in kept) / weight
         np.testing.assert_allclose(value, by_hand, atol=1e-6)
     lines = read_json_lines(tmp_path / "metrics.jsonl")
@@ -510,7 +507,7 @@ def test_guard_works_with_every_strategy(name, tmp_path):
         config.strategy["num_sampled_clients"] = 7
     federation = play(config, tmp_path, Clients(config, bad))
     assert {tuple(record["dropped"]) for record in federation.progress.rounds} == {(1,)}
-    assert all(np.isfinite(value).all() for value in federation.state.adapter.values())
+    assert all(np.isfinite(value).all() for value in federation.record.state.adapter.values())
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from peft import PeftModel
 import client
 import model as adapters
 from client import Site, Task, Worker, client_app, fine_tune
-from engine import identify_as_flower_task
-from guard import REPORT, check_reply
-from strategy import RunError, make_strategy, sample
+from exchange.guard import REPORT, check_reply
+from server.engine import identify_as_flower_task
+from server.sampling import sample
+from server.strategies import make_strategy
+from settings.schema import RunError
 from tests.conftest import LocalGrid, make_federation, run_locally, small
 from utils import cosine_learning_rate, read_json_lines
 
@@ -50,7 +52,9 @@ def test_metrics_of_a_round_add_up(finished):
     federation, summary, folder = finished
     lines = read_json_lines(folder / "metrics.jsonl")
     assert [line["round"] for line in lines] == [1, 2, 3]
-    adapter_bytes = sum(value.nbytes + 128 for value in federation.state.adapter.values())  # with numpy's headers
+    adapter_bytes = sum(
+        value.nbytes + 128 for value in federation.record.state.adapter.values()
+    )  # with numpy's headers
     for line in lines:
         assert line["bytes_up"] == 2 * adapter_bytes
         before = 2 if line["round"] == 1 else 0  # two clients evaluate before the first round
@@ -72,7 +76,7 @@ def test_metrics_of_a_round_add_up(finished):
 def test_checkpoint_is_the_final_adapter_and_loads_with_peft(finished):
     federation, _, folder = finished
     loaded = adapters.load_adapter(folder / "peft_3")
-    assert all(np.array_equal(loaded[name], value) for name, value in federation.state.adapter.items())
+    assert all(np.array_equal(loaded[name], value) for name, value in federation.record.state.adapter.items())
     base = adapters.load_base(federation.config.model, "cpu")
     model = PeftModel.from_pretrained(base, folder / "peft_3")
     assert model.peft_config["default"].r == 4
@@ -91,11 +95,11 @@ def test_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path):
 def test_one_client_fedavg_equals_local_training(tmp_path):
     config = small("num_clients=1", "strategy.fraction_fit=1.0", "num_rounds=3")
     federation, _ = run_locally(config, tmp_path)
-    worker, adapter = Worker(config), make_federation(config, tmp_path / "other").state.adapter
+    worker, adapter = Worker(config), make_federation(config, tmp_path / "other").record.state.adapter
     for number in (1, 2, 3):
         rate = cosine_learning_rate(number, 3, config.train.learning_rate_max, config.train.learning_rate_min)
         adapter, _ = fine_tune(worker, adapter, 0, Task(number, rate, first_row=(number - 1) * 8))
-    assert all(np.array_equal(adapter[name], value) for name, value in federation.state.adapter.items())
+    assert all(np.array_equal(adapter[name], value) for name, value in federation.record.state.adapter.items())
 
 
 def test_sampling_depends_on_seed_and_round_alone():
@@ -124,8 +128,8 @@ def test_a_strategy_may_be_any_flower_strategy_with_its_arguments():
 
 def test_dora_starts_from_the_magnitudes_of_the_base_model(tmp_path):
     federation, _ = run_locally(small("model.lora.use_dora=true", "num_rounds=1"), tmp_path)
-    assert any("magnitude" in name for name in federation.state.adapter)
-    assert set(federation.state.adapter) == set(federation.shapes)
+    assert any("magnitude" in name for name in federation.record.state.adapter)
+    assert set(federation.record.state.adapter) == set(federation.shapes)
 
 
 # --- replies --------------------------------------------------------------------------------------
@@ -215,7 +219,7 @@ def test_failing_client_is_named_and_the_rest_is_averaged(tmp_path):
     record = federation.progress.rounds[0]
     assert record["clients"] == [0, 1, 3]
     assert federation.progress.warnings == ["round 1: client 2 is left out: OSError: disk is gone"]
-    assert 2 not in federation.state.rows_seen
+    assert 2 not in federation.record.state.rows_seen
 
 
 class Losing(LocalGrid):

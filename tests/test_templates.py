@@ -8,8 +8,9 @@ from transformers import AutoTokenizer
 
 import dataset
 import model as adapters
-from compose import compose
-from config import SettingsError
+from dataset import end_ids
+from settings.compose import compose
+from settings.schema import SettingsError
 from tests.hub.repositories import build
 
 CHAT = {  # repository: what ends an answer
@@ -57,7 +58,7 @@ def test_answer_ends_once_with_the_models_own_token_and_nothing_behind_it(chat):
     tokenizer, template, end = chat
     _, response = encoded(tokenizer, template)
     assert tokenizer.convert_ids_to_tokens(response[-1]) == end
-    assert sum(token in adapters.end_ids(tokenizer) for token in response) == 1
+    assert sum(token in end_ids(tokenizer) for token in response) == 1
     assert tokenizer.decode(response[:-1]).strip() == ANSWER
 
 

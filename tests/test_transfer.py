@@ -8,12 +8,12 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 import client
-import transfer
 from client import Site, client_app
-from strategy import RunError
+from exchange import transfer
+from exchange.transfer import to_record
+from settings.schema import RunError
 from tests.conftest import LocalGrid, make_federation, run_locally, small
 from tests.test_strategy import Sabotage
-from transfer import to_record
 
 
 def lora_like(seed: int, scale: float = 1e-3) -> dict[str, np.ndarray]:
@@ -99,9 +99,11 @@ def test_federation_sends_less_and_learns_the_same(form, exact_run, tmp_path):
     federation, summary = run_locally(small(*WHOLE, f"transfer={form}"), tmp_path)
     for direction in ("bytes_down", "bytes_up"):
         assert summary[direction] <= SHARE[form] * reference[direction]
-    initial = federation.initial
-    moved = np.concatenate([(exact.state.adapter[name] - initial[name]).ravel() for name in initial])
-    apart = np.concatenate([(federation.state.adapter[name] - exact.state.adapter[name]).ravel() for name in initial])
+    initial = federation.codec.initial
+    moved = np.concatenate([(exact.record.state.adapter[name] - initial[name]).ravel() for name in initial])
+    apart = np.concatenate(
+        [(federation.record.state.adapter[name] - exact.record.state.adapter[name]).ravel() for name in initial]
+    )
     assert 0 < np.linalg.norm(apart) < 0.1 * np.linalg.norm(moved)
     assert abs(summary["final_train_loss"] - reference["final_train_loss"]) < 0.02
 
@@ -109,14 +111,14 @@ def test_federation_sends_less_and_learns_the_same(form, exact_run, tmp_path):
 def test_dora_starts_from_the_same_magnitudes_on_both_sides(tmp_path):
     config = small("model.lora.use_dora=true", "transfer=int8")
     first, summary = run_locally(config, tmp_path / "first")
-    assert any("magnitude" in name for name in first.initial)
+    assert any("magnitude" in name for name in first.codec.initial)
     [worker] = client._resident.values()
     second = make_federation(config, tmp_path / "second")  # on the same worker, which has trained since
     again = second.run(LocalGrid(client_app(Site(config)), config.num_clients))
     assert client._resident == {next(iter(client._resident)): worker}
     for name, value in worker.initial.items():
-        np.testing.assert_array_equal(value, first.initial[name])
-        np.testing.assert_array_equal(value, second.initial[name])
+        np.testing.assert_array_equal(value, first.codec.initial[name])
+        np.testing.assert_array_equal(value, second.codec.initial[name])
     assert again["adapter_sha256"] == summary["adapter_sha256"]
 
 
@@ -135,7 +137,7 @@ def test_evaluation_works_over_every_form(tmp_path):
     config = small("transfer=fp16", "dataset.holdout=0.1", "strategy.fraction_evaluate=0.5", "num_rounds=1")
     federation, summary = run_locally(config, tmp_path)
     assert federation.progress.rounds[0]["held_out"]["clients"]["loss"] > 0
-    shapes = {name: value.shape for name, value in federation.initial.items()}
+    shapes = {name: value.shape for name, value in federation.codec.initial.items()}
     assert summary["bytes_up"] == 2 * transfer.payload_bytes(shapes, "fp16")
     assert summary["bytes_down"] == 3 * summary["bytes_up"]  # two clients train, two evaluate before and two after
 
@@ -162,5 +164,5 @@ def test_reply_is_added_to_what_its_own_client_was_sent(tmp_path):
     unchanged = small("strategy._target_=tests.test_transfer.ToEachItsOwn", "transfer=fp16", "num_rounds=1",
                       "train.learning_rate_max=1e-30", "train.learning_rate_min=0")  # fmt: skip
     federation, _ = run_locally(unchanged, tmp_path)
-    for name, value in federation.state.adapter.items():
-        np.testing.assert_allclose(value, federation.initial[name] + 0.5, atol=1e-6)
+    for name, value in federation.record.state.adapter.items():
+        np.testing.assert_allclose(value, federation.codec.initial[name] + 0.5, atol=1e-6)

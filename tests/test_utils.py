@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import plots
 import utils
+from runs import plots
 
 
 def test_learning_rate_falls_by_cosine_from_first_to_last_round():

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from config import SettingsError
+from settings.schema import SettingsError
 from tests.hub.repositories import GATED_TOKEN, build
 from tests.hub.server import LocalHub
 from utils import SUITE_FOLDER
@@ -82,14 +82,13 @@ def tried(family: str, folder: Path) -> dict[str, Any]:
 
 def asked(place: Path, *arguments: str) -> str:
     """What `python test.py --peft-path=PLACE ARGUMENTS` prints, in this process."""
-    import answering
     import test
 
     options = test.parse([f"--peft-path={place}", *arguments])
     test.check_arguments(options)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        answering.run(options)
+        test.run(options)
     return said.getvalue()
 
 
@@ -99,7 +98,7 @@ def merged_difference(place: Path, name: str) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    import hub
+    from hub import models as hub
 
     base = AutoModelForCausalLM.from_pretrained(hub.model_folder(name, weights=True), dtype=torch.float32)
     both = PeftModel.from_pretrained(base, str(place / "peft_1")).eval()

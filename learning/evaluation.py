@@ -1,0 +1,143 @@
+"""How good an adapter is on held-out rows: loss, token accuracy, and answers compared with the right ones.
+
+Scores are sums over rows, so that those of categories and of clients add up: see `FIELDS`.
+"""
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from dataset import IGNORED, Partition, end_ids, text_of
+from exchange.scores import FIELDS, LONGEST_NAME, MOST_CATEGORIES, Scores
+from learning.training import collate
+from utils import generator
+
+ANSWERS_AT_ONCE = 16
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # written without blanks: each character counts as a word
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to be evaluated on: as tokens, with the right answers and the categories, row by row."""
+
+    rows: list[dict[str, list[int]]]
+    outputs: list[str]
+    categories: list[str]
+
+
+def held_out(partition: Partition, chosen: np.ndarray, raw: Dataset, category_column: str) -> HeldOut:
+    """The `chosen` rows of a tokenized `partition`; `raw` is what it was made from.
+
+    Data with more than MOST_CATEGORIES categories counts as having none.
+    """
+    texts = raw.select(partition.sources[chosen].tolist())
+    values = texts[category_column] if category_column in raw.column_names else []
+    categories = [" ".join(text_of(value).split())[:LONGEST_NAME] for value in values]
+    if not categories or len(set(categories)) > MOST_CATEGORIES:
+        categories = [""] * len(texts)
+    rows = [partition.row(index) for index in chosen]
+    return HeldOut(rows, [text_of(output).strip() for output in texts["output"]], categories)
+
+
+def score(
+    model: Any, tokenizer: Any, data: HeldOut, micro_batch_size: int, answers: int = 0, max_new_tokens: int = 64
+) -> Scores:
+    """Evaluate `model` on `data`; leaves it in its mode, and all randomness alone.
+
+    Args:
+        answers: how many rows are also answered: always the same ones, drawn at random.
+    """
+    if not data.rows:
+        return {}
+    sums = np.zeros((len(data.rows), len(FIELDS)))
+    training = model.training
+    model.eval()
+    try:
+        sums[:, :3] = losses_on(model, data.rows, micro_batch_size)
+        count = min(answers, len(data.rows))
+        asked = generator("answers", len(data.rows)).choice(len(data.rows), count, replace=False)
+        prompts = [prompt_of(data.rows[index]) for index in asked]
+        for index, ids in zip(asked, generate(model, tokenizer, prompts, max_new_tokens), strict=True):
+            answer = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            sums[index, 3:] = answer == data.outputs[index], rouge_l(data.outputs[index], answer), 1
+    finally:
+        model.train(training)
+    scores: Scores = defaultdict(lambda: np.zeros(len(FIELDS)))
+    for category, row in zip(data.categories, sums, strict=True):
+        scores[category] += row
+    return dict(scores)
+
+
+@torch.no_grad()
+def losses_on(model: Any, rows: Sequence[dict[str, list[int]]], micro_batch_size: int) -> np.ndarray:
+    """Summed loss, tokens chosen rightly, and tokens of each row: (rows, 3), over its labelled tokens."""
+    sums = np.zeros((len(rows), 3))
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    for start in range(0, len(order), micro_batch_size):
+        part = order[start : start + micro_batch_size]
+        batch = collate([rows[index] for index in part])
+        device = next(model.parameters()).device
+        logits = model(input_ids=batch["input_ids"][:, :-1].to(device), use_cache=False).logits.float()
+        labels = batch["labels"][:, 1:].to(device)
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        right, counted = logits.argmax(-1) == labels, labels != IGNORED
+        sums[part] = torch.stack([loss.double().sum(1), right.sum(1), counted.sum(1)], 1).cpu().numpy()
+    return sums
+
+
+def prompt_of(row: Mapping[str, list[int]]) -> list[int]:
+    return row["input_ids"][: row["labels"].count(IGNORED)]
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int = ANSWERS_AT_ONCE,
+    **options: Any,
+) -> list[list[int]]:
+    """New token ids after each prompt, up to and without what ends it; greedy, unless `options` say otherwise."""
+    end, ends, found = tokenizer.eos_token_id, sorted(end_ids(tokenizer)), []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        longest = max(map(len, batch))  # padded on the left, so that all answers start at the same place
+        ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in batch], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
+        greedy = {"do_sample": False, "temperature": None, "top_p": None}
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=end,
+            eos_token_id=ends,
+            **(greedy | options),
+        )
+        found += [until(row, ends) for row in output[:, longest:].tolist()]
+    return found
+
+
+def until(ids: list[int], ends: Collection[int]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in ends, ids))
+
+
+class Words:
+    """How ROUGE takes text apart: words in small letters, of any language."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(rf"[{CJK}]|[^\W{CJK}]+", text.lower())
+
+
+def rouge_l(right: str, answer: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004), in [0, 1]."""
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second to import
+
+    return float(RougeScorer(["rougeL"], tokenizer=Words()).score(right, answer)["rougeL"].fmeasure)

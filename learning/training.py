@@ -1,0 +1,187 @@
+"""Local fine-tuning: a few optimizer steps of an adapter inside a resident base model. Knows neither Flower nor data.
+
+A row is `{"input_ids": [...], "labels": [...]}`; labels of IGNORED carry no loss.
+"""
+
+import functools
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+import model as adapters
+from dataset import IGNORED
+from settings.schema import RunConfig, check_keywords
+from utils import peak_resident_bytes
+
+MANAGED_ARGUMENTS = {
+    "learning_rate": "set train.learning_rate_max and train.learning_rate_min",
+    "max_length": "set train.seq_length",
+    "seed": "set seed",
+    "data_seed": "set seed",
+    "output_dir": "set hydra.run.dir",
+    "report_to": "metrics are in metrics.jsonl",
+    "packing": "rows are sorted by length instead",
+    "padding_free": "rows are sorted by length instead",
+    "eval_strategy": "set strategy.fraction_evaluate",
+    "save_strategy": "set train.save_every_round",
+    "train_sampling_strategy": "every round sees fresh rows",
+    "remove_unused_columns": "rows come tokenized",
+    "chat_template_path": "set dataset.template",
+    "resume_from_checkpoint": "runs are not resumed by the trainer",
+    "deepspeed": "a worker trains on one device",
+    "fsdp": "a worker trains on one device",
+    "fsdp_config": "a worker trains on one device",
+    "accelerator_config": "a worker trains on one device",
+    "model_init_kwargs": "set model.*",
+    "dataset_kwargs": "rows come tokenized",
+    "push_to_hub": "upload a checkpoint yourself: hf upload",
+    "hub_model_id": "upload a checkpoint yourself: hf upload",
+    "hub_token": "upload a checkpoint yourself: hf upload",
+    "num_train_epochs": "set train.training_arguments.max_steps and num_rounds",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of a client for one round."""
+
+    round_number: int
+    learning_rate: float
+    first_row: int = 0
+    """Rows that this client has trained on before: it continues after them."""
+    proximal_mu: float = 0.0
+    """FedProx: strength of the pull towards the received adapter."""
+
+
+def train_on(trainer: SFTTrainer, rows: list[dict[str, list[int]]], task: Task, seed: int) -> float:
+    """Take the trainer's `max_steps` steps over `rows` in their order; returns the mean loss of the steps.
+
+    Optimizer, schedule and randomness start afresh, so that nothing leaks from one client to the next.
+    """
+    model: Any = trainer.model
+    trainer.train_dataset = rows
+    trainer.args.learning_rate = task.learning_rate
+    trainer.optimizer = trainer.lr_scheduler = None
+    pull = task.proximal_mu / trainer.args.gradient_accumulation_steps
+    with torch.random.fork_rng(), proximal_pull(model, pull):
+        torch.manual_seed(seed)
+        model.train()
+        loss = float(trainer.train().training_loss)
+    trainer.optimizer = trainer.lr_scheduler = None
+    return loss
+
+
+@contextmanager
+def proximal_pull(model: Any, mu: float) -> Iterator[None]:
+    """FedProx (arXiv:1812.06127, equation 2): every backward pass adds the gradient of mu/2 * ||w - w_round||^2."""
+    hooks = []
+    for weight in model.parameters() if mu else ():
+        if weight.requires_grad:
+            pull = functools.partial(pulled, weight=weight, start=weight.detach().clone(), strength=mu)
+            hooks.append(weight.register_hook(pull))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def pulled(grad: torch.Tensor, *, weight: torch.Tensor, start: torch.Tensor, strength: float) -> torch.Tensor:
+    return grad + strength * (weight.detach() - start)
+
+
+def by_length(rows: list[dict[str, list[int]]], batch_size: int) -> list[dict[str, list[int]]]:
+    """`rows` with each batch of `batch_size` sorted longest first, so that micro-batches need little padding."""
+    ordered = []
+    for start in range(0, len(rows), batch_size):
+        ordered += sorted(rows[start : start + batch_size], key=lambda row: -len(row["input_ids"]))
+    return ordered
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Rows of T_i tokens as (rows, max T) tensors, padded on the right, where a causal model never looks.
+
+    There is no attention mask: it would change nothing but the speed. Padding carries no loss.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, filler: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows])
+
+    return {
+        "input_ids": padded("input_ids", 0),
+        "labels": padded("labels", IGNORED),
+        "position_ids": torch.arange(longest)[None],
+    }
+
+
+def padded_tokens(rows: list[dict[str, list[int]]], micro_batch_size: int) -> int:
+    """Tokens that are computed when `rows` are collated in passes of `micro_batch_size`, padding included."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    passes = [lengths[start : start + micro_batch_size] for start in range(0, len(lengths), micro_batch_size)]
+    return sum(max(each) * len(each) for each in passes)
+
+
+def make_trainer(model: Any, tokenizer: Any, config: RunConfig) -> SFTTrainer:
+    """An SFTTrainer whose optimizer step is `batch_size` rows in passes of `micro_batch_size`.
+
+    The loss of a step is normalised by all its response tokens, so the passes add up to the gradient of
+    the whole batch. Rows come tokenized and ordered.
+    """
+    with tempfile.TemporaryDirectory() as unused:
+        trainer = SFTTrainer(
+            model=model,
+            args=training_arguments(config, str(unused)),
+            data_collator=collate,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]}),
+        )
+    for weight in model.parameters():
+        if weight.requires_grad:  # trl makes a quantized model's adapter bfloat16, where small steps are lost
+            weight.data = weight.data.float()
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
+    """`train.training_arguments` with what this suite decides. Raises SettingsError for fields that do not exist."""
+    given = dict(config.train.training_arguments)
+    check_keywords("train.training_arguments", given, SFTConfig, MANAGED_ARGUMENTS)
+    cuda = adapters.default_device() == "cuda"
+    micro = min(config.train.micro_batch_size, config.batch_size)
+    if given.get("gradient_checkpointing") and config.model.quantization == "8":
+        given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": True})
+    given |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": config.batch_size // micro}
+    defaults: dict[str, Any] = {
+        "lr_scheduler_type": "constant",
+        "bf16": cuda,
+        "dataloader_pin_memory": cuda,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+    return SFTConfig(
+        **(defaults | given),
+        output_dir=output_folder,
+        learning_rate=config.train.learning_rate_max,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        report_to="none",
+        save_strategy="no",
+        eval_strategy="no",
+        use_cpu=not cuda,
+        seed=config.seed,
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process ever held: on the GPU where there is one, else in main memory."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()

@@ -1,0 +1,229 @@
+"""Checkpoints: written whole or not at all, known to be damaged by their digests, unable to run code.
+
+A checkpoint is a folder `peft_<round>/`: the adapter in PEFT's format with its chat template, `state.json` with the
+clients' data positions, the strategy's own state (`strategy.safetensors` and a part of state.json), and sha256.json
+with a digest of every other file.
+"""
+
+import functools
+import json
+import logging
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import Strategy
+from peft import LoraConfig
+from safetensors.numpy import load_file, save_file
+
+import model as adapters
+from model import Adapter
+from runs.runfolder import folder_of, rounds_in
+from settings.resume import BEST_LINK
+from settings.schema import SettingsError
+from utils import sync, torn_files, write_digests, write_json
+
+log = logging.getLogger(__name__)
+
+STATE_FILE, STRATEGY_FILE = "state.json", "strategy.safetensors"
+StrategyState = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run knows after a whole round, besides the metrics: enough to go on from here."""
+
+    adapter: Adapter
+    round_number: int = 0
+    rows_seen: dict[int, int] = field(default_factory=dict)
+    """By partition id: rows that the client has trained on, counting repetitions."""
+    elapsed_s: float = 0.0
+    """Seconds that the rounds took so far, in all processes that the run had."""
+    strategy: StrategyState = field(default_factory=lambda: ({}, {}))
+    """What `strategy_state` said then."""
+
+
+def save(
+    run_folder: Path,
+    state: State,
+    lora: LoraConfig,
+    template: str,
+    facts: Mapping[str, Any],
+    write_more: Callable[[Path], None],
+) -> None:
+    """Write `peft_<round>/` beside, then rename it; on disk when this returns.
+
+    Args:
+        facts: more for state.json.
+        write_more: is given the folder for files of its own.
+    """
+    folder = folder_of(run_folder, state.round_number)
+    beside = folder.with_suffix(".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    adapters.save_adapter(beside, state.adapter, lora, template)
+    values, arrays = state.strategy
+    if arrays:
+        save_file(arrays, beside / STRATEGY_FILE)
+    content = {
+        "round": state.round_number,
+        "elapsed_s": state.elapsed_s,
+        "rows_seen": {str(p): n for p, n in sorted(state.rows_seen.items())},
+        "strategy": values,
+    }
+    write_json(beside / STATE_FILE, content | dict(facts))
+    write_more(beside)
+    write_digests(beside)
+    sync(*beside.iterdir(), beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    sync(run_folder)
+
+
+def load(run_folder: Path, round_number: int, strategy: Strategy, shapes: Mapping[str, tuple[int, ...]]) -> State:
+    """The state after `round_number`; `strategy` is put into its own state at that round.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or of another adapter or strategy.
+    """
+    folder = folder_of(run_folder, round_number)
+    if torn := torn_files(folder):
+        raise ValueError(f"damaged: {', '.join(torn)}")
+    adapter = adapters.load_adapter(folder)
+    if {name: value.shape for name, value in adapter.items()} != {n: tuple(shape) for n, shape in shapes.items()}:
+        raise ValueError("its adapter has other tensors than model.lora makes")
+    content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    file = folder / STRATEGY_FILE
+    kept = content["strategy"], load_file(file) if file.exists() else {}
+    restore_strategy(strategy, *kept)
+    rows_seen = {int(partition): int(rows) for partition, rows in content["rows_seen"].items()}
+    return State(adapter, round_number, rows_seen, float(content["elapsed_s"]), kept)
+
+
+def newest(
+    run_folder: Path, strategy: Strategy, shapes: Mapping[str, tuple[int, ...]], most: int, warn: Callable[[str], None]
+) -> State | None:
+    """The newest state of at most `most` rounds whose checkpoint is whole. One that is damaged is set aside.
+
+    Raises:
+        OSError, MemoryError: if a file cannot be read now; that is no damage.
+        SettingsError: if the strategy's own state cannot be restored.
+    """
+    for number in (number for number in rounds_in(run_folder) if number <= most):
+        try:
+            return load(run_folder, number, strategy, shapes)
+        except (OSError, MemoryError, SettingsError):
+            raise
+        except Exception as error:  # a damaged file can raise anything
+            folder = folder_of(run_folder, number)
+            warn(f"{folder.name} cannot be used ({error}); it is now {folder.name}.damaged, and the one before is used")
+            shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
+            folder.rename(folder.with_suffix(".damaged"))
+    return None
+
+
+def prune(run_folder: Path, keep: int | None, best: int | None, spare: Collection[int] = ()) -> None:
+    """Remove what need not stay: the newest `keep` checkpoints do, besides that of round `best`; None keeps all.
+
+    Args:
+        spare: rounds that were only saved because they were the best for a while.
+
+    Raises:
+        OSError: if a folder cannot be removed.
+    """
+    rounds = rounds_in(run_folder)
+    kept = [number for number in rounds if number != best and (number == rounds[0] or number not in spare)][:keep]
+    for number in rounds:
+        if number != best and number not in kept:
+            shutil.rmtree(folder_of(run_folder, number))
+
+
+def point_to(run_folder: Path, best: int | None) -> None:
+    """Let `best/` point to the checkpoint of round `best`, if there is one."""
+    link, beside = run_folder / BEST_LINK, run_folder / f"{BEST_LINK}.tmp"
+    if best is None or not folder_of(run_folder, best).is_dir():
+        return
+    try:
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(folder_of(run_folder, best).name)
+        beside.replace(link)
+    except OSError as error:  # a file system without links: results.json says it too
+        log.warning("%s cannot point to round %s (%s)", link, best, error)
+
+
+# --- the state of any Flower strategy -------------------------------------------------------------
+
+
+def attributes(strategy: Strategy, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of all that a strategy holds, and of the strategy that it may wrap."""
+    for name, value in vars(strategy).items():
+        if isinstance(value, Strategy):
+            yield from attributes(value, f"{prefix}{name}.")
+        elif not callable(value) and not isinstance(value, logging.Logger):
+            yield prefix + name, value
+
+
+def strategy_state(strategy: Strategy) -> StrategyState:
+    """A copy of what a strategy has become since it was made: momenta, clipping norms, arrays that it compares with.
+
+    Returns:
+        JSON values by attribute name, and arrays by `attribute|tensor`. A value of `{"kind": ...}` says what the
+        arrays are in: ArrayRecord, dict, list, ndarray; `unknown` is what cannot be kept.
+    """
+    values: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for key, value in attributes(strategy):
+        parts: dict[str, Any]
+        if isinstance(value, ArrayRecord):
+            parts = {name: array.numpy() for name, array in value.items()}
+        elif isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
+            parts = value
+        elif isinstance(value, list) and value:
+            parts = {str(position): part for position, part in enumerate(value)}
+        else:
+            parts = {"": value}
+        if isinstance(value, ArrayRecord) or all(isinstance(part, np.ndarray | np.generic) for part in parts.values()):
+            values[key] = {"kind": type(value).__name__}
+            arrays |= {f"{key}|{name}": np.array(part, order="C") for name, part in parts.items()}
+            continue
+        try:
+            values[key] = {"kind": "value", "value": json.loads(json.dumps(value, allow_nan=False))}
+            if values[key]["value"] != value:
+                raise ValueError("not the same after JSON")
+        except (TypeError, ValueError):
+            values[key] = {"kind": "unknown"}
+    return values, arrays
+
+
+def restore_strategy(strategy: Strategy, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Put what `strategy_state` returned into a strategy that was made with the same arguments.
+
+    Raises:
+        SettingsError: if the strategy held something that a checkpoint cannot keep.
+    """
+    for key, kept in values.items():
+        kind = kept["kind"]
+        *path, name = key.split(".")
+        owner: Any = functools.reduce(lambda part, step: vars(part)[step], path, strategy)
+        parts = {part.partition("|")[2]: array for part, array in arrays.items() if part.partition("|")[0] == key}
+        # a file may have been made by anybody: data into attributes of a strategy, never into classes or functions
+        known = isinstance(owner, Strategy) and not hasattr(type(owner), name) and not callable(vars(owner).get(name))
+        if kind == "unknown" or not known:
+            raise SettingsError(
+                f"resume: {key} of {type(strategy).__name__} is nothing that a checkpoint can keep, so the run can "
+                "not go on as if it had not been interrupted"
+            )
+        if kind == "value":
+            restored = kept["value"]
+        elif kind == "ArrayRecord":
+            restored = ArrayRecord({part: Array(array) for part, array in parts.items()})
+        elif kind == "dict":
+            restored = parts
+        elif kind == "list":
+            restored = [parts[str(position)] for position in range(len(parts))]
+        else:
+            restored = parts[""] if kind == "ndarray" else parts[""][()]  # or a number of numpy's
+        setattr(owner, name, restored)

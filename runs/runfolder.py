@@ -1,0 +1,139 @@
+"""A run folder: one process at a time, the settings that it was started with, and how it goes on after an end."""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from settings.resume import RESUME, SETTINGS_FILE, must_be_said, read_settings
+from settings.schema import RunConfig, SettingsError
+from utils import write_json, write_whole
+
+METRICS_FILE, RESULTS_FILE, ERROR_FILE = "metrics.jsonl", "results.json", "error.txt"
+MAY_CHANGE = (  # settings that a run may go on with changed: how it is done, up to rounding and to who answers in time
+    "resume", "resume_sweep", "dry_run", "tracker", "ray", "client_resources", "model.cache_folder",
+    "train.micro_batch_size", "train.keep_checkpoints", "train.save_every_round", "train.early_stop_rounds",
+    "train.training_arguments.gradient_checkpointing", "strategy.round_timeout_s", "strategy.min_replies",
+    "strategy.round_retries", "strategy.max_bytes",
+)  # fmt: skip
+
+
+def folder_of(run_folder: Path, round_number: int) -> Path:
+    return run_folder / f"peft_{round_number}"
+
+
+def rounds_in(run_folder: Path) -> list[int]:
+    """Rounds that have a checkpoint, whole or damaged, newest first."""
+    found = (re.fullmatch(r"peft_([0-9]+)", folder.name) for folder in run_folder.glob("peft_*") if folder.is_dir())
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+@contextmanager
+def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterator[bool]:
+    """`folder` for this process alone, with the settings noted; yields whether the run that is there goes on.
+
+    Raises:
+        SettingsError: if it cannot be written, another process or run has it, or its run has other settings.
+    """
+    try:
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # it stays: others may hold it
+    except OSError as error:
+        raise SettingsError(
+            f"hydra.run.dir={folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SettingsError(
+                f"hydra.run.dir={folder}: another process is at work there; wait for its end"
+            ) from error
+        content: dict[str, Any] = {
+            "overrides": [text for text in overrides if not RESUME.match(text)],
+            "settings": asdict(config),
+        }
+        if going_on := is_used(folder):
+            check_same(folder, config)
+            content |= {"data": read_settings(folder).get("data")}
+        elif config.resume:
+            raise SettingsError(f"resume={folder}: no run is there")
+        write_json(folder / SETTINGS_FILE, content)
+        (folder / ERROR_FILE).unlink(missing_ok=True)
+        try:
+            yield going_on
+        except Exception as error:
+            with suppress(OSError):
+                write_whole(folder / ERROR_FILE, f"{error or repr(error)}\n")
+            raise
+    finally:
+        os.close(lock)
+
+
+def is_used(folder: Path) -> bool:
+    return any(folder.glob("peft_*")) or any((folder / name).exists() for name in (SETTINGS_FILE, METRICS_FILE))
+
+
+def check_same(folder: Path, config: RunConfig) -> None:
+    """Raise SettingsError if the run in `folder` should not go on, or had settings that give other results."""
+    if not (config.resume or config.resume_sweep):
+        raise SettingsError(
+            f"hydra.run.dir={folder}: holds the results of another run; choose another folder, or resume={folder}"
+        )
+    for key, (old, new) in changed_settings(folder, config).items():
+        if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
+            raise SettingsError(
+                f"{key}={new}: the run in {folder} has {key}={old}; to go on with it, only these may change: "
+                f"{', '.join(MAY_CHANGE[3:])}"
+            )
+
+
+def has_more_room(folder: Path, config: RunConfig, results: Mapping[str, Any]) -> bool:
+    """Whether the complete run in `folder` was ended early by a setting that is another one in `config`."""
+    return str(results.get("ended")).partition("=")[0] in changed_settings(folder, config)
+
+
+def changed_settings(folder: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings of the run in `folder` that `config` has otherwise: before and now."""
+    return differences(read_settings(folder)["settings"], json.loads(json.dumps(asdict(config))))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[prefix + key] = (old, new)
+    return found
+
+
+def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Note what tells data apart; raise SettingsError if the run in `folder` was started with other data."""
+    content = read_settings(folder)
+    before = content.get("data") or facts
+    for key, then, now in (("name", before, facts), ("eval_name", before.get("held_out"), facts.get("held_out"))):
+        same = {k: v for k, v in (then or {}).items() if k != "held_out"}
+        if same != {k: v for k, v in (now or {}).items() if k != "held_out"}:
+            raise SettingsError(
+                f"dataset.{key}={content['settings']['dataset'][key]}: the run in {folder} was started with other rows "
+                f"({(then or {}).get('rows')} then, {(now or {}).get('rows')} now); put them back to go on with it"
+            )
+    write_json(folder / SETTINGS_FILE, content | {"data": dict(facts)})
+
+
+def command_to_go_on(folder: Path, sweep: Path | None = None) -> str:
+    """What to type to go on with the run in `folder`, or with its sweep; empty if no round was kept."""
+    if sweep and (sweep / "multirun.yaml").exists():
+        return f"python main.py resume_sweep={shlex.quote(str(sweep))}"
+    if rounds_in(folder) and not (folder / RESULTS_FILE).exists():
+        again = [text for text in read_settings(folder)["overrides"] if must_be_said(text)]
+        return f"python main.py {shlex.join([f'resume={folder}', *again])}"
+    return ""

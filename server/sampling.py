@@ -1,0 +1,34 @@
+"""Which clients take part in a round: drawn from (seed, round) by partition id, the same in every run."""
+
+from collections.abc import Collection, Iterable
+
+from utils import generator
+
+
+def sample(partitions: Iterable[int], count: int, *key: str | int) -> list[int]:
+    """`count` of the partition ids, drawn without replacement from the generator of `key`, sorted."""
+    drawn = generator(*key).choice(sorted(partitions), size=count, replace=False)
+    return sorted(int(partition) for partition in drawn)
+
+
+def choose(
+    here: Iterable[int],
+    count: int,
+    *key: str | int,
+    trial: int = 0,
+    good: Collection[int] = (),
+    dropped: Collection[int] = (),
+) -> list[int]:
+    """The partition ids of `count` clients that take part, of those that are `here`.
+
+    In a further trial, as many as are missing behind the `good` ones: such as were not `dropped`, if there are.
+    """
+    there = set(here)
+    count = min(count, len(there))
+    if not trial:
+        return sample(there, count, *key)
+    others, missing = there - set(good), count - len(set(good))
+    fresh = others - set(dropped)
+    chosen = sample(fresh, min(missing, len(fresh)), *key, trial)
+    again = others - fresh
+    return sorted(chosen + sample(again, min(missing - len(chosen), len(again)), *key, trial, "again"))

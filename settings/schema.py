@@ -1,0 +1,393 @@
+"""Typed settings: what `conf/` may say, and one clear line for whatever it may not.
+
+Every default is written in `conf/`; this schema holds types, meanings and ranges. settings/compose.py makes a
+`RunConfig` of Hydra's overrides. Imports nothing but Python's own library.
+"""
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
+PASSED_ON = ("model.lora", "dataset.partitioner", "train.training_arguments", "strategy")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+TRANSFERS = ("fp32", "fp16", "int8")
+BASELINES = ("alone", "central")
+# the only names of a server's run that mean something everywhere: what the suite ships, and OWNER/NAME of the Hub
+SHIPPED_NAMES = ("quickstart/data/train.jsonl", "quickstart/data/heldout.jsonl", "quickstart/model")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+MISSING: Any = "???"  # OmegaConf's word for a value that conf/ has to give
+
+
+class SettingsError(ValueError):
+    """A setting or an input that the user has to change; the message is one line that says how."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())  # whatever the user's own value holds
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what happened and to whom."""
+
+
+def ranged(low: float | None = None, high: float | None = None, *, above: float | None = None) -> Any:
+    """A required number in [low, high], or in (above, high]."""
+    return field(default=MISSING, metadata={"low": low, "high": high, "above": above})
+
+
+def choice(*allowed: str) -> Any:
+    """A required string out of `allowed`."""
+    return field(default=MISSING, metadata={"allowed": allowed})
+
+
+def passed_on() -> Any:
+    """Keyword arguments of a library's class: any key may be set; `check_keywords` knows which exist."""
+
+    def made() -> Any:
+        from omegaconf import OmegaConf
+
+        return OmegaConf.create({}, flags={"struct": False})
+
+    return field(default_factory=made)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    name: str = MISSING
+    """Hub id or local folder of the base model."""
+    quantization: str = choice("4", "8", "none")
+    """Bits of the frozen weights. The adapter is always float32."""
+    trust_remote_code: bool = MISSING
+    """Run Python code that the model's repository brings along."""
+    cache_folder: str | None = MISSING
+    """Keep the quantized base model here, so that it loads many times faster the next time."""
+    lora: dict[str, Any] = passed_on()
+    """Fields of `peft.LoraConfig`."""
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    name: str = MISSING
+    """Hub id, or a local JSON, JSONL, CSV or Parquet file, or a folder of them."""
+    split: str = MISSING
+    """Split of a Hub data set."""
+    eval_name: str | None = MISSING
+    """As `name`: rows that nobody trains on, for `evaluate.every_rounds`."""
+    eval_split: str = MISSING
+    """As `split`, of `eval_name`."""
+    category_column: str = MISSING
+    """Column by whose values held-out rows are also evaluated, where the data has it."""
+    template: str = MISSING
+    """A template of conf/template, a Jinja chat template's path, or `tokenizer` for the model's own."""
+    holdout: float = ranged(0.0, 0.5)
+    """Share of each partition's different rows that is never trained on, for evaluation on the clients."""
+    partitioner: dict[str, Any] = passed_on()
+    """`_target_`: a flwr_datasets partitioner; the rest are its arguments."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    learning_rate_max: float = ranged(above=0.0, high=1.0)
+    """Learning rate of the first round."""
+    learning_rate_min: float = ranged(0.0, 1.0)
+    """Learning rate of the last round; cosine in between, constant within a round."""
+    baseline_learning_rate_max: float | None = ranged(above=0.0, high=1.0)
+    """Learning rate of the first round where `baseline` is set; null for the same."""
+    seq_length: int = ranged(16)
+    """Longest row, in tokens, prompt and response together."""
+    micro_batch_size: int = ranged(1)
+    """Rows in one forward pass. It does not change the gradient, only memory and padding."""
+    save_every_round: int = ranged(1)
+    """Rounds between two checkpoints; the last round is always saved."""
+    keep_checkpoints: int | None = ranged(1)
+    """How many checkpoints to keep besides the one with the lowest held-out loss; null keeps all."""
+    early_stop_rounds: int | None = ranged(1)
+    """The run ends when the held-out loss was lowest this many rounds ago; null never."""
+    training_arguments: dict[str, Any] = passed_on()
+    """Fields of `trl.SFTConfig`."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    every_rounds: int = ranged(1)
+    """Rounds between two evaluations on `dataset.eval_name`; also before the first round and after the last."""
+    answers: int = ranged(0)
+    """Held-out rows that are also answered, greedily, for exact match and ROUGE-L."""
+    max_new_tokens: int = ranged(1)
+    """Longest answer, in tokens."""
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """The keys of `strategy` that are ours; all others go to the strategy's constructor."""
+
+    fraction_fit: float = ranged(above=0.0, high=1.0)
+    """Share of the clients that train in a round."""
+    fraction_evaluate: float = ranged(0.0, 1.0)
+    """Share of the clients that evaluate the new adapter on their held-out rows after a round."""
+    round_timeout_s: float = ranged(above=0.0)
+    """Seconds after which a round goes on without the clients that have not answered."""
+    min_replies: int = ranged(1)
+    """Good replies that a round needs."""
+    round_retries: int = ranged(0)
+    """How often a round with too few good replies asks other clients, before the run ends."""
+    max_norm_ratio: float | None = ranged(above=1.0)
+    """An update whose norm is above this many times the round's median is dropped; null accepts all."""
+    max_bytes: float | None = ranged(1)
+    """Bytes of adapters, down and up: the run ends before the round that would exceed them; null never."""
+
+
+@dataclass(kw_only=True)
+class ClientResources:
+    num_cpus: int = ranged(1)
+    """CPU cores, and compute threads, of one worker."""
+    num_gpus: float = ranged(0.0)
+    """GPUs of one worker; 0.5 puts two workers, with a base model each, on one GPU."""
+
+
+@dataclass(kw_only=True)
+class RayConfig:
+    address: str | None = MISSING
+    """Address of a running Ray cluster (or `auto`); null starts Ray on this machine."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    strategy: dict[str, Any] = passed_on()
+    """`_target_`: any Flower strategy; `SamplingConfig` and the strategy's own arguments."""
+    client_resources: ClientResources = field(default_factory=ClientResources)
+    ray: RayConfig = field(default_factory=RayConfig)
+    num_clients: int = ranged(1)
+    num_rounds: int = ranged(1)
+    seed: int = ranged(0, 2**31 - 1)
+    transfer: str = choice(*TRANSFERS)
+    """How adapters travel: whole in float32, or as differences in float16 or 8-bit integers."""
+    baseline: str | None = field(default=MISSING, metadata={"allowed": (None, *BASELINES)})
+    """What to train instead of the federation, with as many optimizer steps, to compare it with. See `as_baseline`."""
+    dry_run: bool = MISSING
+    tracker: str | None = field(default=MISSING, metadata={"allowed": (None, *TRACKERS)})
+    """Where the numbers of each round go besides metrics.jsonl, through accelerate's trackers."""
+    resume: str | None = MISSING
+    """Folder of an interrupted run: it resumes from its last checkpoint."""
+    resume_sweep: str | None = MISSING
+    """Folder of an interrupted sweep: its complete jobs are not run again."""
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """The part of `strategy` that says who takes part in a round."""
+        return SamplingConfig(**{f.name: self.strategy[f.name] for f in fields(SamplingConfig)})
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of one optimizer step."""
+        arguments = self.train.training_arguments
+        return arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+
+    @property
+    def clients_per_round(self) -> int:
+        """Clients that train in a round."""
+        return share_of(self.num_clients, self.sampling.fraction_fit)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether anything is evaluated on held-out rows."""
+        return bool(self.dataset.eval_name or self.sampling.fraction_evaluate)
+
+    def evaluators_after(self, round_number: int) -> int:
+        """Clients that evaluate on `dataset.eval_name`: any one, or each what it trained alone."""
+        return self.num_clients if self.baseline == "alone" and round_number else 1
+
+    def evaluates_after(self, round_number: int) -> bool:
+        """Whether it is the turn of `dataset.eval_name`; round 0 is before the first."""
+        last = round_number == self.num_rounds
+        return bool(self.dataset.eval_name) and (last or round_number % self.evaluate.every_rounds == 0)
+
+    def evaluations_after(self, round_number: int, num_clients: int) -> int:
+        """Adapters that go out to be evaluated after a round, when `num_clients` are there."""
+        share = self.sampling.fraction_evaluate
+        own = max(1, share_of(num_clients, share)) if share else 0
+        return own + self.evaluates_after(round_number) * min(self.evaluators_after(round_number), num_clients)
+
+
+def share_of(count: int, fraction: float) -> int:
+    """Flower's rounding, int(count * fraction), but safe against 0.29 * 100 = 28.999..."""
+    return int(count * fraction + 1e-9)
+
+
+def check_ranges(settings: Any, prefix: str = "") -> None:
+    """Raise SettingsError for the first field, nested ones included, outside its declared range."""
+    for entry in fields(settings):
+        key, value, rule = prefix + entry.name, getattr(settings, entry.name), entry.metadata
+        if is_dataclass(value):
+            check_ranges(value, key + ".")
+        elif "allowed" in rule and value not in rule["allowed"]:
+            known = ", ".join("null" if allowed is None else allowed for allowed in rule["allowed"])
+            raise SettingsError(f"{key}={value}: use one of {known}")
+        elif "low" in rule and value is not None and not in_range(value, rule):
+            raise SettingsError(f"{key}={value}: use {describe_range(rule)}")
+
+
+def in_range(value: float, rule: Mapping[str, float | None]) -> bool:
+    low, high, above = rule["low"], rule["high"], rule["above"]
+    return (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+
+
+def describe_range(rule: Mapping[str, float | None]) -> str:
+    low, high, above = rule["low"], rule["high"], rule["above"]
+    start = f"a number above {above:.10g}" if above is not None else f"a number of at least {low:.10g}"
+    return start + ("" if high is None else f" and at most {high:.10g}")
+
+
+def check_together(config: RunConfig) -> None:
+    """Rules that span several keys."""
+    train, sampling = config.train, config.sampling
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
+        value = train.training_arguments.get(key)
+        if type(value) is not int or value < 1:
+            raise SettingsError(f"train.training_arguments.{key}={value}: use a whole number of at least 1")
+    arguments = train.training_arguments
+    if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type", "constant") == "constant":
+        raise SettingsError(
+            f"train.training_arguments.warmup_steps={arguments['warmup_steps']}: has no effect on a constant rate; "
+            "set train.training_arguments.lr_scheduler_type=constant_with_warmup too"
+        )
+    if train.learning_rate_min > train.learning_rate_max:
+        raise SettingsError(
+            f"train.learning_rate_min={train.learning_rate_min}: use at most train.learning_rate_max, "
+            f"which is {train.learning_rate_max}"
+        )
+    if config.baseline and train.learning_rate_min > (train.baseline_learning_rate_max or train.learning_rate_max):
+        raise SettingsError(
+            f"train.baseline_learning_rate_max={train.baseline_learning_rate_max}: use at least "
+            f"train.learning_rate_min, which is {train.learning_rate_min}"
+        )
+    if config.batch_size % min(train.micro_batch_size, config.batch_size):
+        raise SettingsError(
+            f"train.micro_batch_size={train.micro_batch_size}: use a divisor of the {config.batch_size} rows of one "
+            "step (per_device_train_batch_size x gradient_accumulation_steps)"
+        )
+    if not config.clients_per_round:
+        raise SettingsError(
+            f"strategy.fraction_fit={sampling.fraction_fit}: selects none of num_clients={config.num_clients}; "
+            f"use at least {1 / config.num_clients:g}"
+        )
+    if sampling.min_replies > config.clients_per_round:
+        raise SettingsError(
+            f"strategy.min_replies={sampling.min_replies}: a round has {config.clients_per_round} clients "
+            "(num_clients x strategy.fraction_fit); use at most that, or a larger strategy.fraction_fit"
+        )
+    check_measured(config)
+    for key, section in (("strategy", config.strategy), ("dataset.partitioner", config.dataset.partitioner)):
+        if not isinstance(section.get("_target_"), str):
+            raise SettingsError(f"{key}._target_={section.get('_target_')}: use the import path of a class")
+
+
+def check_measured(config: RunConfig) -> None:
+    """Rules about held-out rows, and what follows from them."""
+    train, sampling = config.train, config.sampling
+    if sampling.fraction_evaluate and not share_of(config.num_clients, sampling.fraction_evaluate):
+        raise SettingsError(
+            f"strategy.fraction_evaluate={sampling.fraction_evaluate}: selects none of "
+            f"num_clients={config.num_clients}; use 0, or at least {1 / config.num_clients:g}"
+        )
+    if train.early_stop_rounds and not config.is_measured:
+        raise SettingsError(
+            f"train.early_stop_rounds={train.early_stop_rounds}: nothing is held out to measure; set "
+            "dataset.eval_name, or strategy.fraction_evaluate"
+        )
+    if train.early_stop_rounds and train.early_stop_rounds >= config.num_rounds:
+        raise SettingsError(
+            f"train.early_stop_rounds={train.early_stop_rounds}: cannot end a run of num_rounds={config.num_rounds}; "
+            "use less"
+        )
+    if sampling.fraction_evaluate and not config.dataset.holdout:
+        raise SettingsError(
+            f"strategy.fraction_evaluate={sampling.fraction_evaluate}: clients have no rows to evaluate on; "
+            "set dataset.holdout, for example 0.05"
+        )
+
+
+def check_budget(config: RunConfig, payload_bytes: int, once_bytes: int) -> None:
+    """Raise SettingsError if `strategy.max_bytes` is not even enough for the first round.
+
+    Args:
+        once_bytes: that one client sends before it.
+    """
+    most = config.sampling.max_bytes
+    count = sum(config.evaluations_after(number, config.num_clients) for number in (0, 1))
+    first = payload_bytes * (2 * config.clients_per_round + count) + once_bytes
+    if most is not None and first > most:
+        raise SettingsError(f"strategy.max_bytes={most:.10g}: use at least the {first} bytes of the first round")
+
+
+def as_baseline(config: RunConfig) -> RunConfig:
+    """The run that `baseline` asks for: as many optimizer steps and rows for each model as the federation's.
+
+    `central` gives one client all data; `alone` lets every client keep its adapter to itself. One client trains in a
+    round of either, where `clients_per_round` train in the federation's, so there are as many times more rounds.
+    """
+    if config.baseline is None:
+        return config
+    longer = config.clients_per_round
+    strategy = {
+        key: value for key, value in config.strategy.items() if key in (f.name for f in fields(SamplingConfig))
+    } | {"fraction_fit": 1.0, "min_replies": 1, "max_norm_ratio": None, "max_bytes": None}
+    if config.baseline == "central":
+        strategy["_target_"] = "flwr.serverapp.strategy.FedAvg"
+        partitioner: dict[str, Any] = {"_target_": "flwr_datasets.partitioner.IidPartitioner"}
+    else:
+        strategy["_target_"] = "server.strategies.Alone"
+        partitioner = config.dataset.partitioner
+    return replace(
+        config,
+        num_clients=1 if config.baseline == "central" else config.num_clients,
+        num_rounds=longer * config.num_rounds,
+        strategy=strategy,
+        dataset=replace(config.dataset, partitioner=partitioner),
+        train=replace(
+            config.train,
+            learning_rate_max=config.train.baseline_learning_rate_max or config.train.learning_rate_max,
+            save_every_round=longer * config.train.save_every_round,
+            early_stop_rounds=None,
+        ),
+        evaluate=replace(config.evaluate, every_rounds=longer * config.evaluate.every_rounds),
+    )
+
+
+def check_keywords(key: str, given: Mapping[str, Any], target: Any, managed: Mapping[str, str] | None = None) -> None:
+    """Raise SettingsError for a keyword that `target` lacks, or that another setting (`managed`) decides."""
+    parameters = inspect.signature(target).parameters
+    known = [name for name in parameters if name not in ("self", "args", "kwargs")]
+    for name, value in given.items():
+        if managed and name in managed:
+            raise SettingsError(f"{key}.{name}={given[name]}: decided by this suite; {managed[name]}")
+        if name not in known and name != "_target_":
+            ours = [own.name for own in fields(SamplingConfig)] if key == "strategy" else []
+            hint = suggest(name, [*known, *ours])
+            raise SettingsError(f"{key}.{name}={given[name]}: {target.__name__} has no such field{hint}")
+        default = parameters[name].default if name in parameters else None
+        if type(default) in (int, float) and (isinstance(value, str) or value is None):
+            raise SettingsError(f"{key}.{name}={value}: use a number")
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def setting_names(schema: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every key of the schema, dotted."""
+    names = []
+    for entry in fields(schema):
+        if is_dataclass(entry.type):
+            names += setting_names(entry.type, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
+        names.append(prefix + entry.name)
+    return names + [f"strategy.{f.name}" for f in fields(SamplingConfig) if schema is RunConfig]
