@@ -41,6 +41,7 @@ READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 TEMPLATE_FOLDER = CONFIG_FOLDER / "template"
 IGNORED = -100  # the label that carries no loss
 DAY = "{%- macro strftime_now(format) %}{{ FORMAT }}{% endmacro %}"  # in front of a template, stands for the real one
+DATE_CODES = ("-d", "-H", "-I", "-m", "-M", "-S", *"aAbBcdDeFhHIjmMpSTuxXyY")  # of strftime
 TODAY = date(2024, 7, 26)  # for templates that write the date: each day of a run and its resume has the same tokens
 
 
@@ -250,8 +251,8 @@ def on_one_day(template: str) -> str:
     """`template`, if it writes today's date, with TODAY in its place: also for whoever loads it with the adapter."""
     if "strftime_now" not in template or template.startswith(DAY[:20]):
         return template
-    written = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdmyYjHMSpIxX")
-    return DAY.replace("FORMAT", f"format{written}") + template
+    written = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in DATE_CODES)
+    return DAY.replace("FORMAT", f"format{written}") + "\n" + template  # the line break is trimmed, as behind any block
 
 
 def find_template(name: str) -> Path:

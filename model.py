@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hub import models as hub
+from settings.lora import check_lora
 from settings.schema import ModelConfig, SettingsError, check_keywords
 from utils import local_path, shipped_path, shortened, torn_files, write_digests
 
@@ -45,22 +46,18 @@ ADAPTER_FILE, ADAPTER_CONFIG_FILE, TEMPLATE_FILE = (
     "adapter_config.json",
     "chat_template.jinja",
 )
-NOT_TRAINED = {  # fields of LoraConfig that the trainer, or adapters without a base model, cannot do
-    "trainable_token_indices": "train the embeddings whole: model.lora.modules_to_save=[embed_tokens]",
-    "ensure_weight_tying": "name both layers in model.lora.modules_to_save",
-    "alora_invocation_tokens": "such an adapter only works behind tokens that no prompt here has",
-}
 MANAGED_LORA = {
     "task_type": "it is CAUSAL_LM",
     "base_model_name_or_path": "set model.name",
     "inference_mode": "the adapter is trained here",
+    "peft_type": "it is LORA",
+    "revision": "download that one, and set model.name to its folder",
 }
 LINEAR = (torch.nn.Linear, Conv1D)  # what LoRA goes into, besides embeddings; GPT-2 has the latter
 ATTENTION = (["q_proj", "v_proj"], ["qkv_proj"], ["query_key_value"], ["Wqkv"], ["c_attn"])
 """Attention projections by the names that models give them, for kinds that PEFT's own table lacks."""
 PROBE = "Below is a question. Answer it in a few words: how much is 12 plus 30, and why?"
 RANDOM, ZERO = ("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")  # tensors by how they begin
-DEFAULT_INIT: dict[str, list[Any]] = {"init_lora_weights": [True, "gaussian"], "use_dora": [False, True]}
 
 
 def read_config(cfg: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
@@ -115,6 +112,7 @@ def unloadable(what: str, error: BaseException) -> str:
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return "brings Python code of its own; if you trust it, set model.trust_remote_code=true"
+    text = f"{type(error).__name__}: {text}" if isinstance(error, KeyError | AttributeError | IndexError) else text
     return f"{what} cannot be loaded ({shortened(text or repr(error), 300)})"
 
 
@@ -168,9 +166,11 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocabulary: i
             f"English becomes {unknown} unknown tokens of {len(ids)}; its files are missing or not this model's "
             "(tokenizer.json or tokenizer.model)"
         )
-    if max(ids) >= vocabulary:
+    words = tokenizer.get_vocab()
+    own = [words[token] for token in words.keys() - tokenizer.get_added_vocab().keys()]  # added ones may be unused
+    if (most := max([*ids, *own, tokenizer.eos_token_id or 0])) >= vocabulary:
         raise SettingsError(
-            f"model.name={name}: its tokenizer makes token {max(ids)}, the model has {vocabulary}; it is another's"
+            f"model.name={name}: its tokenizer makes token {most}, the model has {vocabulary}; it is another's"
         )
 
 
@@ -185,27 +185,39 @@ def lora_config(cfg: ModelConfig, model: Any = None) -> LoraConfig:
             change the base model (PiSSA, OLoRA, ...), which is shared and must stay as it is.
     """
     check_keywords("model.lora", cfg.lora, LoraConfig, MANAGED_LORA)
-    for key, instead in NOT_TRAINED.items():
-        if cfg.lora.get(key):
-            raise SettingsError(f"model.lora.{key}={cfg.lora[key]}: cannot be trained here; {instead}")
-    for key, allowed in DEFAULT_INIT.items():
-        if key in cfg.lora and cfg.lora[key] not in allowed:
-            raise SettingsError(f"model.lora.{key}={cfg.lora[key]}: use one of {', '.join(map(str, allowed))}")
-    for key in ("r", "lora_alpha"):
-        if key in cfg.lora and (type(cfg.lora[key]) is not int or cfg.lora[key] < 1):
-            raise SettingsError(f"model.lora.{key}={cfg.lora[key]}: use a whole number of at least 1")
-    dropout = cfg.lora.get("lora_dropout", 0.0)
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise SettingsError(f"model.lora.lora_dropout={dropout}: use a number of at least 0 and below 1")
+    check_lora(cfg.lora)
     try:
         lora = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=lasting_name(cfg.name), **cfg.lora)
-    except (TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever PEFT makes of values that contradict each other
         raise SettingsError(f"model.lora: {first_sentence(error)}") from error
     if model is None:
         return lora
+    check_named_modules(lora, model)
     if cfg.quantization != "none":
         check_saved_modules(lora, model)
     return aimed(lora, model)
+
+
+def check_named_modules(lora: LoraConfig, model: Any) -> None:
+    """Raise SettingsError if a setting other than `target_modules` names what the language part of `model` lacks."""
+    _, others = language_modules(model)
+    inside = [name for name, _ in model.named_modules() if not (others and re.fullmatch(others, name))]
+    parameters = [name for name, _ in model.named_parameters()]
+    known = sorted({name.rpartition(".")[2] for name in inside if name and not name.rpartition(".")[2].isdigit()})
+    for key, names, there in (
+        ("modules_to_save", lora.modules_to_save, inside),
+        ("exclude_modules", [] if isinstance(lora.exclude_modules, str) else lora.exclude_modules, inside),
+        ("target_parameters", lora.target_parameters, parameters),
+        ("rank_pattern", lora.rank_pattern, inside),
+        ("alpha_pattern", lora.alpha_pattern, inside),
+    ):
+        for name in sorted(names or []):
+            pattern = name if key.endswith("_pattern") else re.escape(name)  # PEFT takes those for expressions
+            if not any(re.fullmatch(rf"(.*\.)?({pattern})", other) for other in there):
+                raise SettingsError(
+                    f"model.lora.{key}={name}: the language part of this model has no such "
+                    f"{'parameter' if there is parameters else 'module'}; it has {', '.join(known)}"
+                )
 
 
 def check_saved_modules(lora: LoraConfig, model: Any) -> None:
@@ -251,7 +263,8 @@ def aimed(lora: LoraConfig, model: Any) -> LoraConfig:
         ) from error
     for target in [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules):
         pattern = as_pattern(lora.target_modules if isinstance(lora.target_modules, str) else [target])
-        if target != "all-linear" and not any(re.fullmatch(str(pattern), name) for name, _ in model.named_modules()):
+        aimed_at = (name for name, _ in model.named_modules() if not (others and re.fullmatch(others, name)))
+        if target != "all-linear" and not any(re.fullmatch(str(pattern), name) for name in aimed_at):
             raise SettingsError(
                 f"model.lora.target_modules={target}: this model has no such module; it has {', '.join(known)}"
             )
@@ -300,14 +313,17 @@ def default_targets(base: PreTrainedConfig, known: Sequence[str]) -> Any:
     return "all-linear"
 
 
-def empty_model(base: PreTrainedConfig, code: bool = False) -> Any:
+def empty_model(base: PreTrainedConfig, cfg: ModelConfig) -> Any:
     """The base model without weights, on the meta device: shapes and names for no memory.
 
-    Args:
-        code: run the Python code of its repository, if its kind needs that.
+    Raises:
+        SettingsError: if transformers, or the code of its repository, cannot build it.
     """
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(base, trust_remote_code=code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(base, trust_remote_code=cfg.trust_remote_code)
+    except Exception as error:  # a repository's configuration and code may hold anything
+        raise SettingsError(f"model.name={cfg.name}: {unloadable('its architecture', error)}") from error
 
 
 def adapter_plan(cfg: ModelConfig, base: PreTrainedConfig) -> tuple[LoraConfig, dict[str, tuple[int, ...]]]:
@@ -316,7 +332,7 @@ def adapter_plan(cfg: ModelConfig, base: PreTrainedConfig) -> tuple[LoraConfig, 
     Raises:
         SettingsError: if there is no such adapter.
     """
-    empty = empty_model(base, cfg.trust_remote_code)
+    empty = empty_model(base, cfg)
     lora = lora_config(cfg, empty)
     return lora, adapter_shapes(empty, lora)
 
@@ -330,8 +346,8 @@ def adapter_shapes(empty: Any, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         try:
             empty = get_peft_model(empty, copy.deepcopy(lora))  # peft renames the base model in what it is given
-        except (TypeError, ValueError, AttributeError) as error:
-            raise SettingsError(f"model.lora.target_modules={lora.target_modules}: {first_sentence(error)}") from error
+        except Exception as error:  # whatever PEFT makes of values that do not fit this model
+            raise SettingsError(f"model.lora: {type(error).__name__}: {first_sentence(error)}") from error
     return {name: tuple(tensor.shape) for name, tensor in sorted(trainable_state(empty).items())}
 
 
@@ -406,6 +422,7 @@ def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str | None = None
             device_map={"": device or default_device()},
             trust_remote_code=cfg.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
             **options,
         )
     except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
@@ -414,6 +431,11 @@ def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str | None = None
         raise SettingsError(
             f"model.name={cfg.name}: {unloadable('its weights', error)}; if a file is damaged, {again}"
         ) from error
+    for tensor, stored, expected in sorted(found["mismatched_keys"]):
+        raise SettingsError(
+            f"model.name={cfg.name}: its weights are of another model than its config.json describes: {tensor} is "
+            f"{tuple(stored)}, not {tuple(expected)}"
+        )
     if missing := sorted(found["missing_keys"]):
         raise SettingsError(
             f"model.name={cfg.name}: its weights lack {len(missing)} tensors, such as {missing[0]}; they are not of "
@@ -468,9 +490,19 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(use_dora: bool, quantization: str, device: str) -> None:
+    """Raise SettingsError for DoRA in 8 bits on a CPU: PEFT's second pass fails there, after it moved the weights."""
+    if use_dora and quantization == "8" and device == "cpu":
+        raise SettingsError(
+            "model.quantization=8: with model.lora.use_dora=true it needs a GPU; use model.quantization=4 or none"
+        )
+
+
 def add_adapter(base: Any, cfg: ModelConfig) -> PeftModel:
     """`base` with a new, trainable float32 adapter; the base weights stay as they are, in place."""
-    model = get_peft_model(base, lora_config(cfg, base))
+    lora = lora_config(cfg, base)
+    check_device(lora.use_dora, cfg.quantization, next(base.parameters()).device.type)
+    model = get_peft_model(base, lora)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

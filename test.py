@@ -16,6 +16,20 @@ from settings.schema import RunError, SettingsError
 from utils import quiet_transformers, send_nothing_home
 
 MODES = ("question", "chat", "questions", "evaluate", "tasks", "merge")
+ONLY_WITH = {  # options that mean something in some modes alone
+    "input": ("question",),
+    "compare": ("question", "evaluate", "tasks"),
+    "output": ("questions", "evaluate", "tasks"),
+    "split": ("evaluate",),
+    "category_column": ("evaluate",),
+    "answers": ("evaluate",),
+    "seq_length": ("evaluate",),
+    "limit": ("tasks",),
+    "num_fewshot": ("tasks",),
+    "include_path": ("tasks",),
+    "confirm_run_unsafe_code": ("tasks",),
+    "merge_dtype": ("merge",),
+}
 RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 10),
     "max_new_tokens": (1, 10**6),
@@ -42,6 +56,10 @@ def as_path(text: str) -> Path:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, by default those of the command line. Raises SettingsError for one that cannot be read."""
+    return make_parser().parse_args(arguments)
+
+
+def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--peft-path", required=True, help="run folder, checkpoint, or PEFT adapter folder")
@@ -84,7 +102,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--include-path", type=as_path, metavar="DIR", help="further --tasks, as lm_eval's YAML files")
     add("--confirm-run-unsafe-code", action="store_true", help="let --tasks run code that the model wrote")
     add("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def check_arguments(options: argparse.Namespace) -> None:
@@ -92,6 +110,7 @@ def check_arguments(options: argparse.Namespace) -> None:
     check_mode(options)
     check_ranges(options)
     check_inputs(options)
+    check_options_of_mode(options)
     if options.output:
         check_output(options)
     if options.merge:
@@ -110,8 +129,6 @@ def check_mode(options: argparse.Namespace) -> None:
         raise SettingsError("--questions FILE.jsonl and --output FILE.jsonl go together")
     if options.merge and options.quantization in ("4", "8"):
         raise SettingsError(f"--quantization={options.quantization}: --merge sums unquantized weights; leave it out")
-    if options.output and chosen[0] not in ("questions", "evaluate", "tasks"):
-        raise SettingsError(f"--output={options.output}: goes with --questions, --evaluate or --tasks")
 
 
 def check_ranges(options: argparse.Namespace) -> None:
@@ -123,6 +140,17 @@ def check_ranges(options: argparse.Namespace) -> None:
         raise SettingsError(f"--temperature={options.temperature}: use 0 (greedy), or at least {LEAST_TEMPERATURE}")
     if not 0 < options.top_p <= 1:
         raise SettingsError(f"--top-p={options.top_p}: use a number above 0 and at most 1")
+
+
+def check_options_of_mode(options: argparse.Namespace) -> None:
+    """Raise SettingsError for an option that means nothing in this mode."""
+    parser, mode = make_parser(), next(name for name in MODES if getattr(options, name) not in (None, False))
+    for key, modes in ONLY_WITH.items():
+        value = getattr(options, key)
+        if mode not in modes and value != parser.get_default(key):
+            shown = "" if value is True else f"={value}"
+            allowed = " or ".join(filter(None, [", ".join(f"--{name}" for name in modes[:-1]), f"--{modes[-1]}"]))
+            raise SettingsError(f"--{key.replace('_', '-')}{shown}: goes with {allowed}; leave it out")
 
 
 def check_inputs(options: argparse.Namespace) -> None:
@@ -150,6 +178,8 @@ def check_output(options: argparse.Namespace) -> None:
         return check_can_write(path, is_new=True)
     if not os.path.isfile(path):
         raise SettingsError(f"--output={path}: is no ordinary file; name one that may be written")
+    if os.path.exists(folder / "adapter_config.json"):
+        raise SettingsError(f"--output={path}: lies among the adapter's own files; choose another folder")
     read = [data for data in (options.questions, options.evaluate) if data and os.path.exists(data)]
     if any(os.path.samefile(place, data) for place in (path, folder) for data in read):
         raise SettingsError(f"--output={path}: is the data itself, which would be overwritten; choose another file")

@@ -129,8 +129,10 @@ def quiet_transformers() -> None:
 
 
 def shortened(text: object, width: int) -> str:
-    """`text` on one line of at most `width` characters, cut between two words."""
-    return textwrap.shorten(str(text), width, placeholder=" ...")
+    """`text` on one line of at most `width` characters, cut between two words; a single long word is cut itself."""
+    words = " ".join(str(text).split())
+    whole = textwrap.TextWrapper(width, max_lines=1, placeholder=" ...", break_on_hyphens=False).fill(words)
+    return whole if whole.strip(". ") or not words else words[: width - 4] + " ..."
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ SUITE_FOLDER = Path(__file__).resolve().parents[1]
 sys.path.append(str(SUITE_FOLDER))  # the console scripts know this file alone
 
 from settings.schema import SettingsError  # noqa: E402
-from utils import send_nothing_home  # noqa: E402
+from utils import send_nothing_home, shortened  # noqa: E402
 
 SUPERLINK = "127.0.0.1:8000"
 PARTITIONS = {"client": None, "client1": 0, "client2": 1}
@@ -328,7 +328,8 @@ def run_status(run_id: str, environment: dict[str, str]) -> str:
         if found is None:
             said = " ".join((done.stdout + done.stderr).split())
             reason = re.search(r'"error-message": ?"(.*?)"', said)
-            raise LaunchError(f"run {run_id}: its status is not known ({(reason[1] if reason else said)[:200]})")
+            why = shortened(reason[1] if reason else said, 200)
+            raise LaunchError(f"run {run_id}: its status is not known ({why})")
         if found[1].startswith("finished"):
             return found[1]
         time.sleep(1)

@@ -13,7 +13,6 @@ import huggingface_hub
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -27,13 +26,23 @@ from utils import shortened
 PROGRESS = "huggingface_hub.snapshot_download"  # the name of the bar that counts bytes
 LINE_S = 30.0  # between two lines about a download, where there is no terminal
 ANSWER_S = 10.0  # how long the Hub may take to say what a repository holds
-UNREACHABLE = (httpx.TransportError, HfHubHTTPError, ConnectionError, TimeoutError)
+UNREACHABLE = (httpx.TransportError, ConnectionError, TimeoutError)
+
+
+_asked: dict[tuple[str, str], Any] = {}  # by name and kind: what the Hub has said to this process
+
+
+def forget() -> None:
+    """Let the Hub be asked again for what this process already knows: a new run starts in it."""
+    _asked.clear()
 
 
 def ask(key: str, name: str, kind: str) -> Any:
-    """What the Hub says of a repository: its commit, and its files with their sizes."""
+    """What the Hub says of a repository: its commit, and its files with their sizes. It is asked once."""
     with refused(key, name, kind):
-        return HfApi().repo_info(name, repo_type=kind, timeout=ANSWER_S, files_metadata=True)
+        if (name, kind) not in _asked:
+            _asked[name, kind] = HfApi().repo_info(name, repo_type=kind, timeout=ANSWER_S, files_metadata=True)
+        return _asked[name, kind]
 
 
 def cached(name: str, kind: str, revision: str, files: list[str]) -> Path | None:
@@ -58,7 +67,7 @@ def download(key: str, name: str, kind: str, info: Any, files: list[str]) -> Pat
         return there
     with refused(key, name, kind):
         missing = missing_bytes(info, name, kind, files)
-        bar = type("Bar", (DownloadBar,), {"what": name, "bytes": missing, "shown": []})
+        bar: Any = type("Bar", (DownloadBar,), {"what": name, "bytes": missing, "shown": []})
         with shown_progress():
             try:
                 return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, tqdm_class=bar))
@@ -156,7 +165,7 @@ def refused(key: str, name: str, kind: str) -> Iterator[None]:
             status = getattr(getattr(cause, "response", None), "status_code", None)
             if status in (401, 403):
                 raise SettingsError(f"{key}: the Hub refuses access ({status}); log in with `hf auth login`") from error
-            if isinstance(cause, UNREACHABLE):
+            if isinstance(cause, UNREACHABLE) or (status is not None and (status == 429 or status >= 500)):
                 raise RunError(
                     f"{key}: the Hub at {constants.ENDPOINT} cannot be reached, or broke off "
                     f"({shortened(cause, 200) or type(cause).__name__}); try again: files that are complete are kept"

@@ -15,6 +15,7 @@ from huggingface_hub import get_cached_repo_tree, hf_hub_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars
 
+from hub import access
 from hub.access import ask, cached, download, refused
 from settings.schema import RunError, SettingsError
 from utils import local_path
@@ -34,6 +35,7 @@ _folders: dict[tuple[str, bool, bool], Path] = {}  # by model, weights and code:
 
 def forget() -> None:
     """Let the Hub be asked again for what this process already has: a new run starts in it."""
+    access.forget()
     _folders.clear()
 
 
@@ -68,17 +70,17 @@ def cached_model(name: str, *, code: bool = False) -> Path | None:
     """
     if local := local_path(name):
         check_local(name, local, weights=True)
-        return local
+        return None if code and not has_code(local) else local
     folder = cached(name, "model", "main", ["config.json"])
     return None if folder and code and not has_code(folder) else folder
 
 
 def has_code(folder: Path) -> bool:
-    """Whether the Python files that a model's config.json names lie beside it."""
+    """Whether the Python files that a model's config.json names lie beside it; OWNER/NAME--FILE is in another place."""
     try:
         classes = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {}).values()
-        own = [name for name in classes if isinstance(name, str) and "--" not in name]
-        return all((folder / f"{name.split('.')[0]}.py").is_file() for name in own)
+        own = [name for name in classes if isinstance(name, str)]
+        return all("--" not in name and (folder / f"{name.split('.')[0]}.py").is_file() for name in own)
     except (OSError, ValueError, AttributeError):
         return True  # reading it says what is wrong
 

@@ -23,7 +23,7 @@ import model as adapters
 from dataset import as_message, encode_prompt, end_ids, load_rows, tokenize_rows
 from exchange.scores import figures
 from learning.evaluation import HeldOut, generate, held_out, score
-from learning.tuned import PICKLED_FILE, choose_template, find_tuned, told_of
+from learning.tuned import PICKLED_FILE, TOKENIZER_FILES, choose_template, find_tuned, told_of
 from settings.schema import DatasetConfig, RunError, SettingsError
 from utils import file_sha256, shortened, write_json
 
@@ -64,11 +64,12 @@ class Answerer:
     @property
     def made_by(self) -> str:
         """A short digest of what decides an answer: the adapter, the prompt, and how tokens are chosen."""
-        names = (adapters.ADAPTER_CONFIG_FILE, adapters.ADAPTER_FILE, PICKLED_FILE)
+        names = (adapters.ADAPTER_CONFIG_FILE, adapters.ADAPTER_FILE, PICKLED_FILE, *TOKENIZER_FILES)
         files = [file_sha256(self.tuned.checkpoint / name) for name in names]
         options = self.options
         chosen = [options.temperature, options.top_p, options.max_new_tokens, options.seed]
-        facts = [files, self.tuned.cfg.quantization, self.template, chosen]
+        base = [self.tuned.cfg.name, self.tuned.cfg.quantization, self.tuned.base_folder.name]
+        facts = [files, base, self.template, chosen]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -283,7 +284,13 @@ def merge(checkpoint: Path, options: argparse.Namespace) -> None:
         base = adapters.load_weights(tuned.cfg, torch.float32, "cpu")
     model = tuned.load(base)
     untie(model)
-    merged = model.merge_and_unload().to(getattr(torch, options.merge_dtype))
+    try:
+        merged = model.merge_and_unload().to(getattr(torch, options.merge_dtype))
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # such as LoRA with biases
+        raise SettingsError(
+            f"--merge={options.merge}: PEFT cannot merge this adapter ({shortened(error, 200)}); load it beside its "
+            "base model instead"
+        ) from error
     merged.generation_config = generation_settings(merged.generation_config, sorted(end_ids(tokenizer)))
     with writing("merge", options.merge):
         merged.save_pretrained(options.merge)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset import encode_text
 from settings.schema import SettingsError
-from utils import write_json
+from utils import shortened, write_json
 
 if TYPE_CHECKING:
     from learning.answering import Answerer
@@ -84,5 +84,5 @@ def results_of(answerer: "Answerer", options: argparse.Namespace, tasks: list[st
             confirm_run_unsafe_code=options.confirm_run_unsafe_code,
         )
     except (ValueError, OSError, ConnectionError) as error:
-        raise SettingsError(f"--tasks={options.tasks}: {' '.join(str(error).split())[:300]}") from error
+        raise SettingsError(f"--tasks={options.tasks}: {shortened(error, 300)}") from error
     return results

@@ -34,7 +34,7 @@ class Sizes:
 
 def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
     parameters, text = (
-        dict(adapters.empty_model(base, config.model.trust_remote_code).named_parameters()),
+        dict(adapters.empty_model(base, config.model).named_parameters()),
         base.get_text_config(),
     )
     linear = sum(

@@ -22,7 +22,7 @@ import model as adapters
 from dataset import find_template, on_one_day, own_template
 from hub.models import LFS_POINTER
 from runs.runfolder import folder_of, rounds_in
-from settings.schema import ModelConfig, SettingsError
+from settings.schema import ModelConfig, RunError, SettingsError
 from utils import DIGESTS_FILE, local_path, shortened, torn_files
 
 RUN_FOLDER_LOOK = (
@@ -121,7 +121,10 @@ def read_lora(checkpoint: Path) -> LoraConfig:
                 "version saved it; save it with this one, or remove the field if the adapter works without"
             )
     try:
-        return LoraConfig(**{key: value for key, value in saved.items() if key in known - {"runtime_config"}})
+        lora = LoraConfig(**{key: value for key, value in saved.items() if key in known - {"runtime_config"}})
+        if not isinstance(lora.modules_to_save or [], list | set):
+            raise TypeError(f"modules_to_save={lora.modules_to_save} is no list of names")
+        return lora
     except Exception as error:  # a field may hold anything
         raise SettingsError(f"{where} impossible settings ({shortened(error, 200)})") from error
 
@@ -136,6 +139,11 @@ class Tuned:
     tokenizer: Any
     rows: int | None
     """Of the embeddings, if the adapter was trained with more or fewer tokens than the base model has."""
+
+    @property
+    def base_folder(self) -> Path:
+        """Where the base model lies; a folder of the Hub's cache is named by the commit."""
+        return adapters.base_folder(self.cfg)
 
     def load(self, base: Any) -> Any:
         """The adapter in the loaded `base`, which is changed. Raises SettingsError if PEFT cannot do it."""
@@ -167,12 +175,13 @@ def find_tuned(checkpoint: Path, options: argparse.Namespace, merging: bool = Fa
         base = adapters.read_config(cfg)
         is_own = any(os.path.exists(checkpoint / name) for name in TOKENIZER_FILES)
         tokenizer = read_own_tokenizer(checkpoint, base) if is_own else adapters.read_tokenizer(cfg)
-        known, embeddings = base.get_text_config().vocab_size, embedding_names(base, cfg.trust_remote_code)
+        known, embeddings = base.get_text_config().vocab_size, embedding_names(base, cfg)
         rows = rows_needed(shapes, embeddings, known, tokenizer, is_own)
         adapters.check_tokenizer(str(checkpoint), tokenizer, rows)
         base.get_text_config().vocab_size = rows
+        adapters.check_device(lora.use_dora, cfg.quantization, adapters.default_device())
         lora = with_embeddings(lora, shapes, embeddings)
-        check_shapes(cfg, shapes, expected_shapes(base, lora, cfg.trust_remote_code), embeddings)
+        check_shapes(cfg, shapes, expected_shapes(base, lora, cfg), embeddings)
     return Tuned(checkpoint, cfg, lora, tokenizer, rows if rows != known else None)
 
 
@@ -181,12 +190,12 @@ def told_of(checkpoint: Path) -> Iterator[None]:
     """Let errors about settings speak of the adapter that has them, and of the options of test.py."""
     try:
         yield
-    except SettingsError as error:
+    except (SettingsError, RunError) as error:
         words = str(error).replace(f"model.name={checkpoint}: ", "")
         for setting, option in OPTIONS.items():
             words = words.replace(setting, option)
         mark = f"--peft-path={checkpoint}: "
-        raise SettingsError(words if words.startswith(mark) else mark + words) from error
+        raise type(error)(words if words.startswith(mark) else mark + words) from error
 
 
 def weights_file(checkpoint: Path) -> Path:
@@ -247,9 +256,9 @@ def read_own_tokenizer(checkpoint: Path, base: PreTrainedConfig) -> Any:
     return tokenizer
 
 
-def embedding_names(base: PreTrainedConfig, code: bool) -> list[str]:
+def embedding_names(base: PreTrainedConfig, cfg: ModelConfig) -> list[str]:
     """The modules with a row for each token: input and output embeddings."""
-    empty = adapters.empty_model(base, code)
+    empty = adapters.empty_model(base, cfg)
     layers = (empty.get_input_embeddings(), empty.get_output_embeddings())
     return [name for name, module in empty.named_modules() if any(module is layer for layer in layers)]
 
@@ -284,19 +293,22 @@ def rows_needed(
 
 def with_embeddings(lora: LoraConfig, shapes: Mapping[str, Any], embeddings: Sequence[str]) -> LoraConfig:
     """`lora` with saved embeddings as modules of the adapter, so that the base model's own stay beside them."""
+    if not all(isinstance(name, str) for name in lora.modules_to_save or []):
+        raise SettingsError(f"adapter_config.json has modules_to_save={lora.modules_to_save}; it is a list of names")
     listed = list(lora.modules_to_save or [])
     saved = [name for name in embeddings if f"{PREFIX}{name}.weight" in shapes]
     lora.modules_to_save = [*listed, *(name for name in saved if not name.endswith(tuple(listed)))] or None
     return lora
 
 
-def expected_shapes(base: PreTrainedConfig, lora: LoraConfig, code: bool) -> dict[str, tuple[int, ...]]:
+def expected_shapes(base: PreTrainedConfig, lora: LoraConfig, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """What PEFT saves of an adapter with these settings. Raises SettingsError if it cannot make one in this model."""
     chosen = copy.deepcopy(lora)
     chosen.init_lora_weights = True  # others, such as PiSSA, need the weights
+    empty = adapters.empty_model(base, cfg)
     try:
         with torch.device("meta"):
-            model = get_peft_model(adapters.empty_model(base, code), chosen)
+            model = get_peft_model(empty, chosen)
         saved = get_peft_model_state_dict(model, model.state_dict(), save_embedding_layers=False)
     except Exception as error:  # a field may hold anything
         raise SettingsError(f"adapter_config.json does not fit the base model ({shortened(error, 200)})") from error

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 
 import model as adapters
 from dataset import (
@@ -27,7 +26,7 @@ from learning.training import training_arguments
 from server.engine import check_machine
 from server.strategies import make_strategy
 from settings.schema import RunConfig, SettingsError, check_budget, share_of
-from utils import bytes_text, local_path
+from utils import bytes_text, local_path, shortened
 
 UNKNOWN = "unknown without the network"
 
@@ -36,7 +35,9 @@ def check_names(config: RunConfig) -> None:
     """Raise SettingsError for classes and arguments that do not exist. Reads no data and no network."""
     make_strategy(config)
     partitioner_class(config.dataset)
-    adapters.lora_config(config.model)
+    lora = adapters.lora_config(config.model)
+    if not config.client_resources.num_gpus:
+        adapters.check_device(lora.use_dora, config.model.quantization, "cpu")
     if config.dataset.template != "tokenizer":
         find_template(config.dataset.template)
     try:
@@ -62,10 +63,7 @@ def check_inputs(config: RunConfig) -> tuple[str, dict[str, Any]]:
     """
     tokenizer, template = check_model(config)
     rows = load_rows(config.dataset)
-    try:
-        tokenize_rows(rows.select(range(1)), tokenizer, template, config.train.seq_length)
-    except TemplateError as error:
-        raise SettingsError(f"dataset.template={config.dataset.template}: {error}") from error
+    check_template(config, tokenizer, template, rows.select(range(1)))
     partition_rows(rows, config.dataset, config.num_clients, config.seed)
     facts = data_facts(rows)
     if config.dataset.eval_name:
@@ -79,6 +77,19 @@ def check_inputs(config: RunConfig) -> tuple[str, dict[str, Any]]:
             )
         facts |= {"held_out": data_facts(held_out) | {"also_trained_on": len(shared_rows(rows, held_out))}}
     return template, facts
+
+
+def check_template(config: RunConfig, tokenizer: Any, template: str, rows: Dataset) -> None:
+    """Raise SettingsError if the chat template, which is a program, makes no tokens of `rows`."""
+    try:
+        tokenize_rows(rows, tokenizer, template, config.train.seq_length)
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise SettingsError(
+            f"dataset.template={config.dataset.template}: makes no prompt ({shortened(error, 200)}); choose another, "
+            "such as dataset.template=alpaca"
+        ) from error
 
 
 def shared_rows(rows: Dataset, held_out: Dataset) -> list[int]:
@@ -158,7 +169,9 @@ def plan_sizes(config: RunConfig) -> dict[str, str]:
         return dict.fromkeys(("adapter", "bytes down and up", "memory of a step"), UNKNOWN)
     size = sizes(adapters.read_config(config.model, offline=True), config)
     if local_path(config.model.name):  # of the Hub's there may be only a part
-        read_template(config.dataset, adapters.read_tokenizer(config.model, offline=True))
+        tokenizer = adapters.read_tokenizer(config.model, offline=True)
+        row = Dataset.from_dict({column: ["x"] for column in COLUMNS})
+        check_template(config, tokenizer, read_template(config.dataset, tokenizer), row)
     where, free = free_memory()
     check_budget(config, size.payload_bytes, size.once_bytes)
     rounds, sent, returned = traffic(config, size)

@@ -15,6 +15,7 @@ from hydra.utils import get_class
 from exchange.transfer import to_record
 from model import Adapter
 from settings.schema import RunConfig, RunError, SamplingConfig, SettingsError, check_keywords
+from utils import shortened
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,7 @@ def make_strategy(config: RunConfig) -> Strategy:
     try:
         strategy: Strategy = hydra.utils.instantiate(arguments)
     except Exception as error:
-        raise SettingsError(
-            f"strategy: {chosen.__name__} refuses its arguments ({' '.join(str(error).split())[:200]})"
-        ) from error
+        raise SettingsError(f"strategy: {chosen.__name__} refuses its arguments ({shortened(error, 200)})") from error
     for part in (strategy, getattr(strategy, "strategy", None)):  # the differential-privacy strategies wrap another
         for name in ("fraction_train", "fraction_evaluate"):
             if hasattr(part, name):

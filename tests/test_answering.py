@@ -37,7 +37,7 @@ def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     cfg = small().model
     lora = adapters.lora_config(cfg)
-    shapes = adapters.adapter_shapes(adapters.empty_model(adapters.read_config(cfg)), lora)
+    shapes = adapters.adapter_shapes(adapters.empty_model(adapters.read_config(cfg), cfg), lora)
     draw = np.random.default_rng(1)
     for number in (2, 10):
         adapter = {name: draw.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
@@ -294,7 +294,9 @@ WRONG = {
     "--template={binary}": "--template={binary}: cannot be read",
     "--include-path={file}": "--include-path={file}: is a file; name the folder",
     "--include-path={run}/no": "--include-path={run}/no: there is no such folder",
-    "--output={run}/a": "--output={run}/a: goes with --questions, --evaluate or --tasks",
+    "--output={run}/a": "--output={run}/a: goes with --questions, --evaluate or --tasks; leave it out",
+    "--limit=3": "--limit=3: goes with --tasks; leave it out",
+    "--merge-dtype=bfloat16": "--merge-dtype=bfloat16: goes with --merge; leave it out",
     "--peft-path=": "--peft-path is empty",
     "--peft-path={file}": "--peft-path={file}: is a file; name the folder in which the adapter lies",
     "--peft-path=~nobody/x": "--peft-path=~nobody/x: no such folder",
@@ -307,6 +309,8 @@ WRONG_PLACES = {
     "--questions={file} --output={empty}": "--output={empty}: is no ordinary file",
     "--questions={file} --output=/dev/null": "--output=/dev/null: is no ordinary file",
     "--questions={file} --output={file}": "--output={file}: is the data itself",
+    "--questions={file} --output={run}/peft_2/adapter_config.json": "lies among the adapter's own files",
+    "--questions={file} --output={empty}/a --compare": "--compare: goes with --question, --evaluate or --tasks",
     "--questions={file} --output={file}/a": "--output={file}/a: there is no folder {file}",
     "--questions={file} --output={empty}/{long}": "cannot be written (File name too long); choose another file",
     "--evaluate={rows} --output={rows}": "--output={rows}: is the data itself",
@@ -499,6 +503,6 @@ def test_wrong_measurement_gets_one_clear_line(arguments, message, run_folder, m
 
 def test_tasks_without_lm_eval_say_what_to_install(run_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "harness", raising=False)
+    monkeypatch.delitem(sys.modules, "learning.harness", raising=False)
     with pytest.raises(SettingsError, match=r"--tasks: needs lm_eval .* pip install -r requirements-extras.txt"):
         cli.run(options(run_folder, "--tasks=arc_easy"))

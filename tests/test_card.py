@@ -111,7 +111,7 @@ def test_card_without_measurements_says_nothing_about_them(tmp_path):
 def test_code_of_the_card_runs(quantization, tmp_path, monkeypatch, capsys):
     config = small(f"model.quantization={quantization}")
     lora = adapters.lora_config(config.model)
-    empty = adapters.empty_model(adapters.read_config(config.model))
+    empty = adapters.empty_model(adapters.read_config(config.model), config.model)
     adapter = adapters.initial_adapter(adapters.adapter_shapes(empty, lora), lora, 0)
     adapters.save_adapter(tmp_path / "peft_1", adapter, lora, "{{ messages[0].content }}")
     write_card(tmp_path / "peft_1", config, lora, METRICS, False)

@@ -20,7 +20,7 @@ NO_DROPOUT = "model.lora.lora_dropout=0.0"
 
 def start(config, seed=0):
     lora = adapters.lora_config(config.model)
-    empty = adapters.empty_model(adapters.read_config(config.model))
+    empty = adapters.empty_model(adapters.read_config(config.model), config.model)
     return adapters.initial_adapter(adapters.adapter_shapes(empty, lora), lora, seed)
 
 

@@ -218,6 +218,16 @@ def test_only_the_weights_that_transformers_reads_are_wanted():
         hub.wanted_files("model.name=a/b", files[:2], lambda name: index, weights=True, code=False)
 
 
+def test_code_of_another_repository_is_not_on_this_machine(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoConfig": "own.Config"}}')
+    (tmp_path / "own.py").touch()
+    assert hub.cached_model(str(tmp_path), code=True) == tmp_path
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoConfig": "a/b--own.Config"}}')
+    assert hub.cached_model(str(tmp_path), code=True) is None
+    assert hub.cached_model(str(tmp_path)) == tmp_path
+
+
 def test_lfs_pointer_says_what_to_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(hub.LFS_POINTER + b"v1\noid sha256:0\nsize 9\n")

@@ -1,6 +1,7 @@
 """Adapters without a base model equal PEFT's own; a base model is never changed."""
 
 import hashlib
+import json
 import shutil
 
 import numpy as np
@@ -26,7 +27,9 @@ OPEN_LLAMA = {  # name: shapes, bytes of the float32 adapter with r=32 on q_proj
 def test_adapter_built_without_weights_has_peft_keys_shapes_and_bytes(size):
     shape, expected_bytes = OPEN_LLAMA[size]
     base, lora = LlamaConfig(vocab_size=32000, **shape), adapters.lora_config(compose().model)
-    adapter = adapters.initial_adapter(adapters.adapter_shapes(adapters.empty_model(base), lora), lora, seed=0)
+    adapter = adapters.initial_adapter(
+        adapters.adapter_shapes(adapters.empty_model(base, compose().model), lora), lora, seed=0
+    )
     with torch.device("meta"):
         peft = get_peft_model(AutoModelForCausalLM.from_config(base), lora)
     expected = {
@@ -43,7 +46,7 @@ def quickstart(quantization="none", *overrides):
 
 def built(cfg):
     lora = adapters.lora_config(cfg)
-    shapes = adapters.adapter_shapes(adapters.empty_model(adapters.read_config(cfg)), lora)
+    shapes = adapters.adapter_shapes(adapters.empty_model(adapters.read_config(cfg), cfg), lora)
     return lora, shapes, adapters.initial_adapter(shapes, lora, seed=3)
 
 
@@ -236,11 +239,47 @@ def test_target_that_a_model_lacks_is_answered_with_what_it_has(targets):
         ("+model.lora.trainable_token_indices=[3]", "trainable_token_indices=.*cannot be trained here"),
         ("+model.lora.ensure_weight_tying=true", "ensure_weight_tying=True: cannot be trained here"),
         ("+model.lora.alora_invocation_tokens=[3]", "alora_invocation_tokens=.*cannot be trained here"),
+        ("+model.lora.kasa_config={a:1}", "kasa_config=.*cannot be trained here"),
+        ("+model.lora.layer_replication=[[0,2],[1,2]]", "layer_replication=.*cannot be trained here; use one of r, "),
+        ("+model.lora.modules_to_save=lm_head", "modules_to_save=lm_head: use a list of module names"),
+        ("+model.lora.modules_to_save=[nosuch]", "modules_to_save=nosuch: .*no such module; it has .*embed_tokens"),
+        ("+model.lora.exclude_modules=[nosuch]", "exclude_modules=nosuch: .*no such module"),
+        ("+model.lora.rank_pattern={nosuch:4}", "rank_pattern=nosuch: .*no such module"),
+        ("+model.lora.rank_pattern={q_proj:x}", "rank_pattern=.*: use module names with whole numbers"),
+        ("+model.lora.target_parameters=[nosuch]", "target_parameters=nosuch: .*no such parameter"),
+        ("model.lora.target_modules=[q_proj,5]", "target_modules=.*: use a list of module names"),
+        ("model.lora.bias=xyz", "bias=xyz: use one of none, all, lora_only"),
+        ("model.lora.use_rslora=abc", "use_rslora=abc: use true or false"),
+        ("+model.lora.layers_to_transform=[99]", "model.lora: "),
     ],
 )
 def test_lora_options_that_would_train_nothing_are_refused_before_the_start(override, message):
     with pytest.raises(SettingsError, match=message):
         adapters.adapter_plan(small(override).model, adapters.read_config(small().model))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.lora.target_modules=[q_proj,fc1]", "+model.lora.modules_to_save=[multi_modal_projector]"],
+)
+def test_modules_outside_the_language_part_are_refused(override):
+    with pytest.raises(SettingsError, match="no such module; it has"):
+        adapters.adapter_plan(compose([override]).model, other("gemma3"))
+
+
+def test_dora_in_8_bits_is_refused_on_a_cpu_before_the_start_and_in_a_client():
+    config = small("model.lora.use_dora=true", "model.quantization=8")
+    with pytest.raises(SettingsError, match="model.quantization=8: with model.lora.use_dora=true it needs a GPU"):
+        plan.check_names(config)
+    with pytest.raises(SettingsError, match="needs a GPU"):
+        adapters.add_adapter(adapters.load_base(config.model, "cpu"), config.model)
+
+
+def test_base_that_cannot_be_built_is_answered_in_one_line():
+    base = adapters.read_config(small().model)
+    base.hidden_act = "nosuch"
+    with pytest.raises(SettingsError, match=r"model.name=\S+: its architecture cannot be loaded \(KeyError: 'nosuch'"):
+        adapters.adapter_plan(small().model, base)
 
 
 @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
@@ -312,6 +351,17 @@ def test_tokenizer_of_another_model_is_refused():
         adapters.check_tokenizer("a/b", tokenizer, 2 * len(tokenizer) + 1)
     with pytest.raises(SettingsError, match="its tokenizer makes token"):
         adapters.check_tokenizer("a/b", tokenizer, 300)
+    with pytest.raises(SettingsError, match=f"its tokenizer makes token {len(tokenizer) - 1}, the model has"):
+        adapters.check_tokenizer("a/b", tokenizer, len(tokenizer) - 1)
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    shutil.copytree("quickstart/model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
+    cfg = small(f"model.name={tmp_path / 'model'}").model
+    with pytest.raises(SettingsError, match=r"of another model than its config.json describes: \S+mlp\S+ is \("):
+        adapters.load_weights(cfg, torch.float32, "cpu")
 
 
 def test_weights_that_lack_tensors_or_are_torn_get_one_line(tmp_path):

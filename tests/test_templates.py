@@ -3,6 +3,7 @@
 import datetime
 from pathlib import Path
 
+import jinja2
 import pytest
 from transformers import AutoTokenizer
 
@@ -92,6 +93,13 @@ def test_every_day_has_the_same_tokens(root, monkeypatch):
         days.append(encoded(tokenizer, template))
     assert days[0] == days[1]
     assert "26 Jul 2024" in tokenizer.decode(days[0][0])
+
+
+@pytest.mark.parametrize("code", dataset.DATE_CODES)
+def test_every_form_of_the_date_is_the_same_day(code):
+    template = dataset.on_one_day("\n{{ strftime_now('<%" + code + ">') }}")
+    written = jinja2.Environment(trim_blocks=True).from_string(template).render()  # noqa: S701  as transformers has it
+    assert written == "\n" + dataset.TODAY.strftime(f"<%{code}>")
 
 
 def test_of_several_templates_the_default_one_is_used(root):

@@ -57,3 +57,16 @@ def test_names_are_looked_up_where_the_user_is_and_then_in_the_suite(tmp_path, m
     (tmp_path / "quickstart/model").mkdir(parents=True)
     assert utils.local_path("quickstart/model").resolve() == tmp_path / "quickstart/model"
     assert utils.local_path("openlm-research/open_llama_7b_v2") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("one two  three", "one two three"),
+        ("it is called open-llama-seven-billion", "it is called ..."),
+        ("x" * 40, "x" * 20 + " ..."),
+        ("", ""),
+    ],
+)
+def test_long_text_is_cut_between_words(text, shown):
+    assert utils.shortened(text, 24) == shown
