@@ -47,8 +47,8 @@ def serve(grid: Grid, context: Context) -> None:
         print(f"error: {error}", flush=True)
         if folder:
             print(f"log: {folder / 'main.log'}", flush=True)
-            if runfolder.command_to_go_on(folder):
-                print(f"to go on: the same settings, and resume={shlex.quote(str(folder))}", flush=True)
+            if runfolder.command_to_resume(folder):
+                print(f"to resume: the same settings, and resume={shlex.quote(str(folder))}", flush=True)
         raise
 
 
@@ -62,10 +62,10 @@ def play(grid: Grid, config: "RunConfig", overrides: list[str], folder: Path) ->
     from runs.progress import RunProgress, summary_line
     from server.federation import Federation
 
-    with runfolder.claimed(folder, config, overrides) as going_on, RunProgress(config.num_rounds) as progress:
+    with runfolder.claimed(folder, config, overrides) as resumes, RunProgress(config.num_rounds) as progress:
         template = read_template(config.dataset, read_tokenizer(config.model))
         federation = Federation(config, folder, template, progress)
-        if going_on:
+        if resumes:
             federation.restore()
         summary = federation.run(grid)
     print(summary_line(summary))
@@ -73,14 +73,14 @@ def play(grid: Grid, config: "RunConfig", overrides: list[str], folder: Path) ->
 
 
 def run_folder(below: Path, resume: str | None) -> Path:
-    """A new run folder, or the one of the run that goes on; nothing outside of `below` is written."""
+    """A new run folder, or the one of the run that is resumed; nothing outside of `below` is written."""
     from settings.schema import SettingsError
 
     if resume is None:
         return new_folder(below)
     folder = Path(resume).resolve()
     if not folder.is_relative_to(below.resolve()):
-        raise SettingsError(f"resume={resume}: on a SuperLink only runs below {below} go on")
+        raise SettingsError(f"resume={resume}: on a SuperLink only runs below {below} can be resumed")
     read_settings(folder)
     return folder
 

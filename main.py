@@ -38,14 +38,14 @@ def job(cfg: DictConfig) -> float:
     folder, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
     try:
         config = checked(cfg)
-        going_on = not config.dry_run and (config.resume or config.resume_sweep)
-        done = read_run(folder) if going_on else None
+        resumes = not config.dry_run and (config.resume or config.resume_sweep)
+        done = read_run(folder) if resumes else None
         if done and done.status == COMPLETE and not runfolder.has_more_room(folder, config, done.results):
             runfolder.check_same(folder, config)
             ended = done.results.get("ended")
             print(f"{folder}: already complete, final loss {done.results['final_train_loss']:.4f}")
             if ended:
-                print(f"it was ended early by {ended}; with a larger value it goes on")
+                print(f"it was ended early by {ended}; resume it with a larger value")
             return objective(done.results)
         if not config.dry_run:
             engine.check_machine(config)
@@ -56,22 +56,22 @@ def job(cfg: DictConfig) -> float:
     except KeyboardInterrupt:
         rounds = runfolder.rounds_in(folder)
         where = f"after round {rounds[0]}" if rounds else "before a round was complete"
-        last_words.append(where + how_to_go_on(folder))
+        last_words.append(where + how_to_resume(folder))
         raise
     except Exception as error:
         exit_codes.append(report(error))
         if not runfolder.is_used(folder):  # else the error of a run is there already, and any other is none of a run
             with suppress(OSError):
                 (folder / runfolder.ERROR_FILE).write_text(f"{error or repr(error)}\n", encoding="utf-8")
-        elif exit_codes[-1] == 1 and not in_sweep() and (hint := how_to_go_on(folder)):
+        elif exit_codes[-1] == 1 and not in_sweep() and (hint := how_to_resume(folder)):
             print(hint, file=sys.stderr)
         return math.inf
 
 
-def how_to_go_on(folder: Path) -> str:
-    """A line with the command that goes on with this run, or with its sweep; empty if there is nothing to."""
-    command = runfolder.command_to_go_on(folder, Path(HydraConfig.get().sweep.dir) if in_sweep() else None)
-    return f"\nto go on: {command}" if command else ""
+def how_to_resume(folder: Path) -> str:
+    """A line with the command that resumes this run, or its sweep; empty if there is nothing to resume."""
+    command = runfolder.command_to_resume(folder, Path(HydraConfig.get().sweep.dir) if in_sweep() else None)
+    return f"\nto resume: {command}" if command else ""
 
 
 def in_sweep() -> bool:

@@ -237,7 +237,7 @@ def submit(options: argparse.Namespace) -> int:
             raise LaunchError(f"{override}: is not KEY=VALUE")
     from settings.compose import compose
 
-    given = going_on(options.overrides)
+    given = with_settings_of_run(options.overrides)
     compose(given, "deployment")  # a wrong setting is answered here, not by a failed run
     check_connection(options)
     overrides = f"overrides={toml_text(shlex.join(given))}"
@@ -259,7 +259,7 @@ def submit(options: argparse.Namespace) -> int:
     return 0 if status == "finished:completed" else 1
 
 
-def going_on(overrides: Sequence[str]) -> list[str]:
+def with_settings_of_run(overrides: Sequence[str]) -> list[str]:
     """`overrides`; behind `resume=FOLDER` stand the settings of the run in FOLDER, if that is on this machine."""
     from settings.resume import RESUME, SETTINGS_FILE, continued, folder_given
 

@@ -35,7 +35,7 @@ StrategyState = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class State:
-    """What a run knows after a whole round, besides the metrics: enough to go on from here."""
+    """What a run knows after a whole round, besides the metrics: enough to resume from here."""
 
     adapter: Adapter
     round_number: int = 0
@@ -214,7 +214,7 @@ def restore_strategy(strategy: Strategy, values: Mapping[str, Any], arrays: Mapp
         if kind == "unknown" or not known:
             raise SettingsError(
                 f"resume: {key} of {type(strategy).__name__} is nothing that a checkpoint can keep, so the run can "
-                "not go on as if it had not been interrupted"
+                "not be resumed as if it had not been interrupted"
             )
         if kind == "value":
             restored = kept["value"]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line on a terminal, a plain line a round elsewhere."""
+"""What a person sees during a run: a live line on a terminal, a plain line a round elsewhere."""
 
 import math
 from collections.abc import Mapping
@@ -47,10 +47,10 @@ class RunProgress:
         else:
             self.console.print(message, soft_wrap=True)
 
-    def going_on(self, round_number: int) -> None:
+    def resumed(self, round_number: int) -> None:
         """Say that rounds were done before, by a process that was interrupted."""
         self.bar.reset(self.task, completed=round_number, status="starting the workers")
-        self.console.print(f"going on after round {round_number}", soft_wrap=True)
+        self.console.print(f"resumed after round {round_number}", soft_wrap=True)
 
     def warn(self, message: str) -> None:
         self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)

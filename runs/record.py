@@ -81,7 +81,7 @@ class Record:
                     shutil.rmtree(folder_of(self.folder, number))
             self._write_metrics()
             (self.folder / RESULTS_FILE).unlink(missing_ok=True)  # of a run that was ended early
-        log.info("going on after round %s", self.saved)
+        log.info("resumed after round %s", self.saved)
 
     def add(self, line: dict[str, Any], state: State) -> None:
         """Take a round down in metrics.jsonl; from here on `state` is the last whole one. A signal waits meanwhile."""

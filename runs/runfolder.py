@@ -1,4 +1,4 @@
-"""A run folder: one process at a time, the settings that it was started with, and how it goes on after an end."""
+"""A run folder: one process at a time, the settings that it was started with, and how it is resumed."""
 
 import fcntl
 import json
@@ -16,7 +16,7 @@ from settings.schema import RunConfig, SettingsError
 from utils import write_json, write_whole
 
 METRICS_FILE, RESULTS_FILE, ERROR_FILE = "metrics.jsonl", "results.json", "error.txt"
-MAY_CHANGE = (  # settings that a run may go on with changed: how it is done, up to rounding and to who answers in time
+MAY_CHANGE = (  # settings that a resumed run may change: how it is done, up to rounding and to who answers in time
     "resume", "resume_sweep", "dry_run", "tracker", "ray", "client_resources", "model.cache_folder",
     "train.micro_batch_size", "train.keep_checkpoints", "train.save_every_round", "train.early_stop_rounds",
     "train.training_arguments.gradient_checkpointing", "strategy.round_timeout_s", "strategy.min_replies",
@@ -36,7 +36,7 @@ def rounds_in(run_folder: Path) -> list[int]:
 
 @contextmanager
 def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterator[bool]:
-    """`folder` for this process alone, with the settings noted; yields whether the run that is there goes on.
+    """`folder` for this process alone, with the settings noted; yields whether the run that is there is resumed.
 
     Raises:
         SettingsError: if it cannot be written, another process or run has it, or its run has other settings.
@@ -58,7 +58,7 @@ def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterat
             "overrides": [text for text in overrides if not RESUME.match(text)],
             "settings": asdict(config),
         }
-        if going_on := is_used(folder):
+        if resumes := is_used(folder):
             check_same(folder, config)
             content |= {"data": read_settings(folder).get("data")}
         elif config.resume:
@@ -66,7 +66,7 @@ def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterat
         write_json(folder / SETTINGS_FILE, content)
         (folder / ERROR_FILE).unlink(missing_ok=True)
         try:
-            yield going_on
+            yield resumes
         except Exception as error:
             with suppress(OSError):
                 write_whole(folder / ERROR_FILE, f"{error or repr(error)}\n")
@@ -80,7 +80,7 @@ def is_used(folder: Path) -> bool:
 
 
 def check_same(folder: Path, config: RunConfig) -> None:
-    """Raise SettingsError if the run in `folder` should not go on, or had settings that give other results."""
+    """Raise SettingsError if the run in `folder` should not be resumed, or had settings that give other results."""
     if not (config.resume or config.resume_sweep):
         raise SettingsError(
             f"hydra.run.dir={folder}: holds the results of another run; choose another folder, or resume={folder}"
@@ -88,7 +88,7 @@ def check_same(folder: Path, config: RunConfig) -> None:
     for key, (old, new) in changed_settings(folder, config).items():
         if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
             raise SettingsError(
-                f"{key}={new}: the run in {folder} has {key}={old}; to go on with it, only these may change: "
+                f"{key}={new}: the run in {folder} has {key}={old}; only these may change when it is resumed: "
                 f"{', '.join(MAY_CHANGE[3:])}"
             )
 
@@ -124,13 +124,13 @@ def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
         if same != {k: v for k, v in (now or {}).items() if k != "held_out"}:
             raise SettingsError(
                 f"dataset.{key}={content['settings']['dataset'][key]}: the run in {folder} was started with other rows "
-                f"({(then or {}).get('rows')} then, {(now or {}).get('rows')} now); put them back to go on with it"
+                f"({(then or {}).get('rows')} then, {(now or {}).get('rows')} now); put them back to resume it"
             )
     write_json(folder / SETTINGS_FILE, content | {"data": dict(facts)})
 
 
-def command_to_go_on(folder: Path, sweep: Path | None = None) -> str:
-    """What to type to go on with the run in `folder`, or with its sweep; empty if no round was kept."""
+def command_to_resume(folder: Path, sweep: Path | None = None) -> str:
+    """What to type to resume the run in `folder`, or its sweep; empty if no round was kept."""
     if sweep and (sweep / "multirun.yaml").exists():
         return f"python main.py resume_sweep={shlex.quote(str(sweep))}"
     if rounds_in(folder) and not (folder / RESULTS_FILE).exists():

@@ -89,7 +89,7 @@ class Federation:
     def restore(self) -> None:
         """Resume from the newest whole checkpoint in the run's folder. Raises as `Record.restore`."""
         self.record.restore(self.strategy, self.shapes)
-        self.progress.going_on(self.record.saved)
+        self.progress.resumed(self.record.saved)
 
     def run(self, grid: Grid) -> dict[str, Any]:
         """All rounds that are left; returns the summary that results.json holds.

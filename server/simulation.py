@@ -25,7 +25,7 @@ TOKEN_CACHE = ".tokens"
 def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float:
     """Check that the run can work, run it, say where the results are; returns what a sweeper minimises.
 
-    A run that was interrupted in `folder` goes on, if `resume` or `resume_sweep` says so.
+    A run that was interrupted in `folder` is resumed, if `resume` or `resume_sweep` says so.
 
     Raises:
         SettingsError: before the first round, if it cannot work.
@@ -36,7 +36,7 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float
     plan.check_names(config)
     cache = folder / TOKEN_CACHE
     with ExitStack() as stack:
-        going_on = stack.enter_context(runfolder.claimed(folder, config, overrides))
+        resumes = stack.enter_context(runfolder.claimed(folder, config, overrides))
         shutil.rmtree(cache, ignore_errors=True)  # of a process that was killed
         stack.callback(shutil.rmtree, cache, ignore_errors=True)
         tracker = start_tracker(config, folder)
@@ -55,7 +55,7 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float
         federation = Federation(config, folder, template, progress)
         federation.facts["held_out_rows_trained_on"] = shared
         try:
-            if going_on:
+            if resumes:
                 federation.restore()
             summary = federation.run(grid)
         except KeyboardInterrupt as stopped:

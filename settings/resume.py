@@ -37,9 +37,9 @@ def continued(arguments: Sequence[str]) -> list[str]:
     given = [argument for argument in arguments if not RESUME.match(argument)]
     for argument in given:
         if argument in ("--multirun", "-m"):
-            raise SettingsError(f"resume={folder}: goes on with one run; a sweep goes on with resume_sweep=FOLDER")
+            raise SettingsError(f"resume={folder}: resumes one run; use resume_sweep=FOLDER for a sweep")
         if argument.startswith("hydra.run.dir="):
-            raise SettingsError(f"{argument}: the run goes on in resume={folder}; leave it out")
+            raise SettingsError(f"{argument}: the run stays in resume={folder}; leave it out")
     noted = [text for text in read_settings(folder)["overrides"] if not RESUME.match(text)]
     for text in noted:
         if must_be_said(text) and text not in given:
@@ -117,9 +117,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise SettingsError(f"resume={folder}: there is no such folder")
     if any((folder / name).exists() for name in ("multirun.yaml", "adapter_config.json")):
-        raise SettingsError(
-            f"resume={folder}: a sweep goes on with resume_sweep=; for a checkpoint, name its run folder"
-        )
+        raise SettingsError(f"resume={folder}: use resume_sweep= for a sweep; for a checkpoint, name its run folder")
     if any(path.is_symlink() and not is_best(path) for path in folder.rglob("*")):
         raise SettingsError(f"resume={folder}: holds links to other places; a run folder has none")
     try:

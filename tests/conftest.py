@@ -99,7 +99,7 @@ class Silent:
 
     def say(self, message: str) -> None: ...
 
-    def going_on(self, round_number: int) -> None: ...
+    def resumed(self, round_number: int) -> None: ...
 
     def round_done(self, record: dict) -> None:
         self.rounds.append(dict(record))
@@ -165,13 +165,13 @@ class Clients:
         return self.bad(partition, number, Message(content, reply_to=message))
 
 
-def play(config, folder, clients=None, going_on=False):
+def play(config, folder, clients=None, resumes=False):
     """The rounds of a run with clients that have no model."""
     client._resident.clear()
     federation = make_federation(config, folder)
     clients = clients or Clients(config)
     clients.initial, clients.shapes = federation.codec.initial, federation.shapes
-    if going_on:
+    if resumes:
         federation.restore()
     federation.run(LocalGrid(clients, config.num_clients))
     return federation

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import model as adapters
-from learning.answering import find_checkpoint
+from learning.tuned import find_checkpoint
 from runs.card import write_card
 from tests.conftest import small
 from utils import SUITE_FOLDER

@@ -183,7 +183,7 @@ def test_sweep_goes_on_behind_a_failing_job_and_leaves_nothing_behind(tmp_path, 
     assert call_main(f"resume_sweep={tmp_path}") == 1
     assert [row["status"] for row in read_table(tmp_path)] == ["complete", "complete", "failed", "failed"]
     assert (tmp_path / "1" / "results.json").stat().st_mtime_ns == finished
-    assert capsys.readouterr().out.count("going on after round 1") == 1
+    assert capsys.readouterr().out.count("resumed after round 1") == 1
 
 
 def command(pid: int) -> str:

@@ -381,7 +381,7 @@ def test_early_stop_ends_where_a_hand_calculation_says(tmp_path):
     assert found["bytes_per_point"] == sent / (9 - 3)
     with pytest.raises(RuntimeError, match="stopped"):  # interrupted, it ends at the same place
         play(config, tmp_path / "b", Clients(config, stop_in(5), losses=values))
-    play(config, tmp_path / "b", Clients(config, losses=values), going_on=True)
+    play(config, tmp_path / "b", Clients(config, losses=values), resumes=True)
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
 
@@ -448,7 +448,7 @@ def test_budget_counts_evaluations_and_further_trials(tmp_path):
     assert measured(tmp_path / "b")["rounds"] == 1
     found = measured(tmp_path / "b")
     assert found["bytes_down"] + found["bytes_up"] == 9 * size  # 1 + 4, and 4 that were spent in vain
-    again = play(tight, tmp_path / "b", going_on=True)  # and they still count in a process that goes on
+    again = play(tight, tmp_path / "b", resumes=True)  # and they still count in a process that goes on
     assert again.record.state.round_number == 1
     assert measured(tmp_path / "b")["bytes_down"] == found["bytes_down"]
 
@@ -474,7 +474,7 @@ def test_resumed_dora_run_sends_and_ends_like_a_whole_one(tmp_path):
     assert traffic(config, sizes(read_config(config.model), config))[0] == 3
     with pytest.raises(RuntimeError, match="stopped"):
         play(config, tmp_path / "torn", Clients(config, stop_in(2)))
-    play(config, tmp_path / "torn", going_on=True)
+    play(config, tmp_path / "torn", resumes=True)
     assert outcome(tmp_path / "torn") == outcome(tmp_path / "whole")
 
 
@@ -532,8 +532,8 @@ def test_run_that_was_ended_early_goes_on_when_there_is_more_room(tmp_path):
     assert not runfolder.has_more_room(tmp_path / "run", less, results)
     assert runfolder.has_more_room(tmp_path / "run", more, results)
     more.resume = str(tmp_path / "run")
-    with runfolder.claimed(tmp_path / "run", more, []) as going_on:
-        play(more, tmp_path / "run", going_on=going_on)
+    with runfolder.claimed(tmp_path / "run", more, []) as resumes:
+        play(more, tmp_path / "run", resumes=resumes)
     assert measured(tmp_path / "run")["rounds"] == 4
 
 

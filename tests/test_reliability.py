@@ -81,9 +81,9 @@ def test_run_that_goes_on_ends_like_one_that_was_never_interrupted(name, tmp_pat
     play(config, tmp_path / "whole")
     for number in (2, 4, 6):  # three processes die, in rounds with and without a checkpoint before
         with pytest.raises(RuntimeError, match="stopped"):
-            play(config, tmp_path / "torn", Clients(config, interrupted_in(number)), going_on=number > 2)
+            play(config, tmp_path / "torn", Clients(config, interrupted_in(number)), resumes=number > 2)
         assert (tmp_path / "torn" / f"peft_{number - 1}").is_dir(), "the last whole round was not kept"
-    play(config, tmp_path / "torn", going_on=True)
+    play(config, tmp_path / "torn", resumes=True)
     assert outcome(tmp_path / "torn") == outcome(tmp_path / "whole")
 
 
@@ -119,7 +119,7 @@ def test_damaged_checkpoint_is_found_and_the_one_before_is_used(name, damage, wh
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     damage(folder / "peft_6" / name, random.Random(name))
-    federation = play(config, folder, going_on=True)
+    federation = play(config, folder, resumes=True)
     assert any("peft_6 cannot be used (damaged: " in warning for warning in federation.progress.warnings)
     assert [record["round"] for record in federation.progress.rounds] == [5, 6]
     assert outcome(folder) == outcome(whole)
@@ -132,7 +132,7 @@ def test_metrics_cut_anywhere_cost_only_the_rounds_that_they_lack(offset, whole_
     shutil.copytree(whole, folder)
     size = (folder / "metrics.jsonl").stat().st_size
     os.truncate(folder / "metrics.jsonl", max(0, size - 1 - offset))
-    play(config, folder, going_on=True)
+    play(config, folder, resumes=True)
     assert outcome(folder) == outcome(whole)
 
 
@@ -142,7 +142,7 @@ def test_all_checkpoints_damaged_starts_again_and_says_so(whole_run, tmp_path):
     shutil.copytree(whole, folder)
     for number in (2, 4, 6):
         cut(folder / f"peft_{number}" / "state.json", random.Random(number))
-    federation = play(config, folder, going_on=True)
+    federation = play(config, folder, resumes=True)
     assert len(federation.progress.warnings) == 3
     assert len(federation.progress.rounds) == 6
     assert outcome(folder) == outcome(whole)
@@ -205,7 +205,7 @@ def test_file_that_can_not_be_read_now_is_no_damage(whole_run, tmp_path, monkeyp
 
     monkeypatch.setattr(checkpoint.adapters, "load_adapter", broken)
     with pytest.raises(RunError, match="a checkpoint cannot be read .*Input/output error"):
-        play(config, tmp_path / "run", going_on=True)
+        play(config, tmp_path / "run", resumes=True)
     assert runfolder.rounds_in(tmp_path / "run") == [6, 4, 2]
 
 
@@ -214,7 +214,7 @@ def test_metrics_without_any_checkpoints_rounds_are_not_thrown_away(whole_run, t
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(SettingsError, match="lacks round 1, which all checkpoints need"):
-        play(config, tmp_path / "run", going_on=True)
+        play(config, tmp_path / "run", resumes=True)
     assert runfolder.rounds_in(tmp_path / "run") == [6, 4, 2]
 
 
@@ -238,7 +238,7 @@ def test_own_strategy_comes_back_with_whatever_it_remembered(tmp_path):
     config = small(*SIX, "strategy._target_=tests.test_reliability.Counting")
     with pytest.raises(RuntimeError, match="stopped"):
         play(config, tmp_path, Clients(config, interrupted_in(4)))
-    strategy = play(config, tmp_path, going_on=True).strategy
+    strategy = play(config, tmp_path, resumes=True).strategy
     assert (strategy.seen, strategy.names[-1], len(strategy.names)) == (24, "round 6", 6)
     assert strategy.norm == pytest.approx(0.6)
     assert strategy.late[0].tolist() == [6, 6]
@@ -248,7 +248,7 @@ def test_strategy_that_can_not_be_brought_back_is_refused(tmp_path):
     config = small(*SIX, "strategy._target_=tests.test_reliability.Counting", "strategy.odd=true")
     play(config, tmp_path)
     with pytest.raises(SettingsError, match="odd of Counting is nothing that a checkpoint can keep"):
-        play(config, tmp_path, going_on=True)
+        play(config, tmp_path, resumes=True)
 
 
 # --- the run folder -------------------------------------------------------------------------------
@@ -256,8 +256,8 @@ def test_strategy_that_can_not_be_brought_back_is_refused(tmp_path):
 
 def test_folder_belongs_to_one_process_and_one_run(tmp_path):
     config = small()
-    with runfolder.claimed(tmp_path, config, ["seed=1"]) as going_on:
-        assert not going_on
+    with runfolder.claimed(tmp_path, config, ["seed=1"]) as resumes:
+        assert not resumes
         with (
             pytest.raises(SettingsError, match="another process is at work there"),
             runfolder.claimed(tmp_path, config, []),
@@ -266,8 +266,8 @@ def test_folder_belongs_to_one_process_and_one_run(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"settings.json", ".lock"}
     with pytest.raises(SettingsError, match="holds the results of another run; choose another folder, or resume="):
         runfolder.claimed(tmp_path, config, []).__enter__()
-    with runfolder.claimed(tmp_path, small(f"resume={tmp_path}"), []) as going_on:
-        assert going_on
+    with runfolder.claimed(tmp_path, small(f"resume={tmp_path}"), []) as resumes:
+        assert resumes
 
 
 @pytest.mark.parametrize(
@@ -365,11 +365,11 @@ def test_harmless_settings_are_not_asked_for_again(tmp_path):
     assert resume.continued([f"resume={tmp_path}"])[: len(harmless)] == harmless
 
 
-def test_command_to_go_on_says_what_has_to_be_said_again(tmp_path):
+def test_command_to_resume_says_what_has_to_be_said_again(tmp_path):
     write_settings(tmp_path, "seed=1", "strategy._target_=my.own.Strategy")
-    assert runfolder.command_to_go_on(tmp_path) == ""
+    assert runfolder.command_to_resume(tmp_path) == ""
     (tmp_path / "peft_3").mkdir()
-    command = runfolder.command_to_go_on(tmp_path)
+    command = runfolder.command_to_resume(tmp_path)
     assert command == f"python main.py resume={tmp_path} strategy._target_=my.own.Strategy"
 
 
@@ -609,7 +609,7 @@ def test_run_below_its_quorum_ends_and_keeps_the_rounds_before(tmp_path):
     with pytest.raises(RunError, match=r"round 4: .*strategy.min_replies=2; client \d says"):
         play(config, tmp_path, Clients(config, bad))
     assert runfolder.rounds_in(tmp_path) == [3]
-    play(config, tmp_path, going_on=True)
+    play(config, tmp_path, resumes=True)
     play(config, tmp_path / "whole")
     assert outcome(tmp_path) == outcome(tmp_path / "whole")
 
@@ -769,7 +769,7 @@ def test_full_disk_ends_the_run_in_one_line_and_it_goes_on_afterwards(count, tmp
         play(config, tmp_path / "run")
     assert "\n" not in str(e.value)
     assert not (tmp_path / "run" / "results.json").exists()
-    play(config, tmp_path / "run", going_on=True)
+    play(config, tmp_path / "run", resumes=True)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
@@ -834,7 +834,7 @@ def test_first_signal_keeps_the_last_whole_round_and_says_how_to_go_on(number, c
     output, _ = run.communicate(timeout=300)
     assert run.returncode == code, output
     assert "Traceback" not in output
-    assert f"to go on: python main.py resume={tmp_path}" in output
+    assert f"to resume: python main.py resume={tmp_path}" in output
     wait_for_end(workers)
     assert runfolder.rounds_in(tmp_path)[0] >= 2
     assert not (tmp_path / ".tokens").exists()

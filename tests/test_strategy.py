@@ -25,7 +25,7 @@ STRATEGIES = ["fedavg", "fedprox", "fedavgm", "fedadam", "fedmedian"]
 def finished(tmp_path_factory):
     """A whole run of four clients, two of them in each of three rounds, with evaluation."""
     folder = tmp_path_factory.mktemp("run")
-    config = small("num_rounds=3", "train.save_every_round=2", "dataset.holdout=0.1", "strategy.fraction_evaluate=0.5")
+    config = small("num_rounds=3", "train.save_every_round=2", "dataset.holdout=0.02", "strategy.fraction_evaluate=0.5")
     federation, summary = run_locally(config, folder)
     return federation, summary, folder
 
