@@ -21,10 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runs import runfolder, stopping
 from runs.compare import SweepReport
-from runs.records import COMPLETE, read_run
+from runs.reading import COMPLETE, read_run
+from runs.terminal import keep_output
 from server import engine
 from settings.compose import canonical, checked, one_line
-from settings.resume import continued, resumed
+from settings.resume import resumed_run, resumed_sweep
 from settings.schema import CONFIG_FOLDER, SettingsError
 from utils import objective, send_nothing_home
 
@@ -60,7 +61,7 @@ def job(cfg: DictConfig) -> float:
         raise
     except Exception as error:
         exit_codes.append(report(error))
-        if not runfolder.is_used(folder):  # else the error of a run is there already, and any other is none of a run
+        if not runfolder.has_rounds(folder):  # else the error of a run is there already, and any other is none of a run
             with suppress(OSError):
                 (folder / runfolder.ERROR_FILE).write_text(f"{error or repr(error)}\n", encoding="utf-8")
         elif exit_codes[-1] == 1 and not in_sweep() and (hint := how_to_resume(folder)):
@@ -91,12 +92,13 @@ def report(error: Exception) -> int:
 
 def main() -> int:
     """Run the command line."""
+    keep_output()
     send_nothing_home()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of into Hydra's own report
     logging.raiseExceptions = False  # a log that cannot be written must not bury the reason
     try:
         stopping.listen()
-        sys.argv[1:] = continued(resumed(canonical(sys.argv[1:])))
+        sys.argv[1:] = resumed_run(resumed_sweep(canonical(sys.argv[1:])))
         job()
     except KeyboardInterrupt as stopped:
         print("stopped", *last_words, file=sys.stderr)

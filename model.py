@@ -35,7 +35,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hub import models as hub
 from settings.lora import check_lora
 from settings.schema import ModelConfig, SettingsError, check_keywords
-from utils import local_path, shipped_path, shortened, torn_files, write_digests
+from utils import let_others_read, local_path, shipped_path, shortened, torn_files, write_digests
 
 log = logging.getLogger(__name__)
 
@@ -212,8 +212,13 @@ def check_named_modules(lora: LoraConfig, model: Any) -> None:
         ("alpha_pattern", lora.alpha_pattern, inside),
     ):
         for name in sorted(names or []):
-            pattern = name if key.endswith("_pattern") else re.escape(name)  # PEFT takes those for expressions
-            if not any(re.fullmatch(rf"(.*\.)?({pattern})", other) for other in there):
+            try:
+                pattern = re.compile(
+                    rf"(.*\.)?({name if key.endswith('_pattern') else re.escape(name)})"
+                )  # as PEFT does
+            except re.error as error:
+                raise SettingsError(f"model.lora.{key}={name}: not a valid regular expression ({error})") from error
+            if not any(pattern.fullmatch(other) for other in there):
                 raise SettingsError(
                     f"model.lora.{key}={name}: the language part of this model has no such "
                     f"{'parameter' if there is parameters else 'module'}; it has {', '.join(known)}"
@@ -549,6 +554,7 @@ def save_adapter(folder: Path, adapter: Adapter, lora: LoraConfig, template: str
     """Write `adapter` in PEFT's format, with the chat template that it was trained with."""
     folder.mkdir(parents=True)
     save_file(adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    let_others_read(folder / ADAPTER_FILE)
     saved = lora.to_dict() | {"inference_mode": True}
     text = json.dumps(saved, indent=2, sort_keys=True, default=lambda value: sorted(value))
     (folder / ADAPTER_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

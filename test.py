@@ -5,18 +5,21 @@ base model is found from the adapter, the prompt is the one that it was trained 
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from runs.runfolder import find_checkpoint
 from settings.schema import RunError, SettingsError
-from utils import quiet_transformers, send_nothing_home
+from utils import DIGESTS_FILE, quiet_transformers, send_nothing_home
 
 MODES = ("question", "chat", "questions", "evaluate", "tasks", "merge")
-ONLY_WITH = {  # options that mean something in some modes alone
+ONLY_WITH = {  # options that belong to some modes alone
     "input": ("question",),
     "compare": ("question", "evaluate", "tasks"),
     "output": ("questions", "evaluate", "tasks"),
@@ -178,12 +181,19 @@ def check_output(options: argparse.Namespace) -> None:
         return check_can_write(path, is_new=True)
     if not os.path.isfile(path):
         raise SettingsError(f"--output={path}: is no ordinary file; name one that may be written")
-    if os.path.exists(folder / "adapter_config.json"):
-        raise SettingsError(f"--output={path}: lies among the adapter's own files; choose another folder")
+    if path.name in own_files(folder):
+        raise SettingsError(f"--output={path}: is one of the adapter's own files; choose another name")
     read = [data for data in (options.questions, options.evaluate) if data and os.path.exists(data)]
     if any(os.path.samefile(place, data) for place in (path, folder) for data in read):
         raise SettingsError(f"--output={path}: is the data itself, which would be overwritten; choose another file")
     return check_can_write(path, is_new=False)
+
+
+def own_files(folder: Path) -> set[str]:
+    """The files of a checkpoint, as it lists them itself, or at least those that PEFT needs."""
+    with suppress(OSError, ValueError):
+        return {*json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8")), DIGESTS_FILE}
+    return {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}
 
 
 def check_can_write(path: Path, is_new: bool) -> None:
@@ -209,15 +219,14 @@ def check_folder_to_write(path: Path) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options of test.py ask for. Raises SettingsError for whatever they name that is not there."""
-    # the model libraries take seconds: arguments are checked first
+    checkpoint = find_checkpoint(options.peft_path)
+    # the model libraries take seconds: what can be checked without them is checked first
     from learning.answering import Answerer, answer_all, ask, chat, evaluate, kept_answers, merge, read_questions
-    from learning.tuned import find_checkpoint
 
     quiet_transformers()
     if options.tasks:
         from learning.harness import run_tasks  # of an optional package: it may be missing
     questions = read_questions(options.questions) if options.questions else []
-    checkpoint = find_checkpoint(options.peft_path)
     if options.merge:
         return merge(checkpoint, options)
     answerer = Answerer(checkpoint, options)

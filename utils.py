@@ -187,6 +187,14 @@ def torn_files(folder: Path) -> list[str]:
     return sorted(name for name, digest in digests.items() if file_sha256(folder / name) != digest)
 
 
+def let_others_read(*paths: Path) -> None:
+    """Give files the mode of ordinary new ones: safetensors writes its own for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in paths:
+        path.chmod(0o666 & ~mask)
+
+
 def file_sha256(path: Path) -> str:
     """Hex digest of a file's content; empty if there is no such file."""
     if not path.is_file():

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 SUITE_FOLDER = Path(__file__).resolve().parents[1]
-sys.path.append(str(SUITE_FOLDER))  # the console scripts know this file alone
+sys.path.append(str(SUITE_FOLDER))  # the console scripts know this package alone
 
 from settings.schema import SettingsError  # noqa: E402
 from utils import send_nothing_home, shortened  # noqa: E402
@@ -261,13 +261,13 @@ def submit(options: argparse.Namespace) -> int:
 
 def with_settings_of_run(overrides: Sequence[str]) -> list[str]:
     """`overrides`; behind `resume=FOLDER` stand the settings of the run in FOLDER, if that is on this machine."""
-    from settings.resume import RESUME, SETTINGS_FILE, continued, folder_given
+    from settings.resume import RESUME, SETTINGS_FILE, folder_given, resumed_run
 
     folder = folder_given("resume", overrides)
     if folder is None or not (folder / SETTINGS_FILE).exists():
         return list(overrides)
     others = [text for text in overrides if not RESUME.match(text)]
-    return [text for text in continued([*others, f"resume={folder.resolve()}"]) if not text.startswith("hydra.")]
+    return [text for text in resumed_run([*others, f"resume={folder.resolve()}"]) if not text.startswith("hydra.")]
 
 
 @contextmanager

@@ -165,7 +165,7 @@ def refused(key: str, name: str, kind: str) -> Iterator[None]:
             status = getattr(getattr(cause, "response", None), "status_code", None)
             if status in (401, 403):
                 raise SettingsError(f"{key}: the Hub refuses access ({status}); log in with `hf auth login`") from error
-            if isinstance(cause, UNREACHABLE) or (status is not None and (status == 429 or status >= 500)):
+            if isinstance(cause, UNREACHABLE) or (status is not None and status != 404):
                 raise RunError(
                     f"{key}: the Hub at {constants.ENDPOINT} cannot be reached, or broke off "
                     f"({shortened(cause, 200) or type(cause).__name__}); try again: files that are complete are kept"

@@ -25,7 +25,7 @@ from exchange.scores import figures
 from learning.evaluation import HeldOut, generate, held_out, score
 from learning.tuned import PICKLED_FILE, TOKENIZER_FILES, choose_template, find_tuned, told_of
 from settings.schema import DatasetConfig, RunError, SettingsError
-from utils import file_sha256, shortened, write_json
+from utils import file_sha256, let_others_read, local_path, shortened, write_json
 
 
 @contextmanager
@@ -68,7 +68,9 @@ class Answerer:
         files = [file_sha256(self.tuned.checkpoint / name) for name in names]
         options = self.options
         chosen = [options.temperature, options.top_p, options.max_new_tokens, options.seed]
-        base = [self.tuned.cfg.name, self.tuned.cfg.quantization, self.tuned.base_folder.name]
+        folder, name = self.tuned.base_folder, self.tuned.cfg.name
+        place = str(folder.resolve()) if local_path(name) else f"{name}@{folder.name}"  # named by its commit
+        base = [place, self.tuned.cfg.quantization]
         facts = [files, base, self.template, chosen]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -295,6 +297,7 @@ def merge(checkpoint: Path, options: argparse.Namespace) -> None:
     with writing("merge", options.merge):
         merged.save_pretrained(options.merge)
         tokenizer.save_pretrained(options.merge)
+        let_others_read(*options.merge.glob("*.safetensors"))
     print(f"merged model: {options.merge}")
 
 

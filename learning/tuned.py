@@ -21,13 +21,9 @@ from transformers import AutoTokenizer, PreTrainedConfig
 import model as adapters
 from dataset import find_template, on_one_day, own_template
 from hub.models import LFS_POINTER
-from runs.runfolder import folder_of, rounds_in
 from settings.schema import ModelConfig, RunError, SettingsError
-from utils import DIGESTS_FILE, local_path, shortened, torn_files
+from utils import local_path, shortened
 
-RUN_FOLDER_LOOK = (
-    "a run folder holds peft_<round>/ folders, each with adapter_config.json and adapter_model.safetensors"
-)
 PREFIX = "base_model.model."  # of the names in an adapter, before the base model's own
 PICKLED_FILE = "adapter_model.bin"  # as older versions of PEFT wrote it
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -37,28 +33,6 @@ OPTIONS = {  # what a setting is called here
     "model.trust_remote_code=true": "--trust-remote-code",
     "dataset.template": "--template",
 }
-
-
-def find_checkpoint(name: str) -> Path:
-    """The adapter folder that `--peft-path` means: itself, or the last checkpoint of a run folder."""
-    folder = Path(os.path.expanduser(name))  # noqa: PTH111  Path's own raises for the home of nobody
-    if os.path.isfile(folder):
-        raise SettingsError(f"--peft-path={name}: is a file; name the folder in which the adapter lies")
-    if not os.path.isdir(folder):
-        raise SettingsError(f"--peft-path={name}: no such folder; {RUN_FOLDER_LOOK}")
-    if os.path.isfile(folder / adapters.ADAPTER_CONFIG_FILE):
-        return whole(folder)
-    rounds = rounds_in(folder)
-    if not rounds:
-        raise SettingsError(f"--peft-path={name}: no adapter here; {RUN_FOLDER_LOOK}")
-    return whole(folder_of(folder, rounds[0]))
-
-
-def whole(checkpoint: Path) -> Path:
-    """`checkpoint`, unless it says itself that it is damaged."""
-    if (checkpoint / DIGESTS_FILE).exists() and (torn := torn_files(checkpoint)):
-        raise SettingsError(f"--peft-path={checkpoint}: damaged ({', '.join(torn)}); name another checkpoint")
-    return checkpoint
 
 
 def read_object(checkpoint: Path, name: str) -> dict[str, Any]:

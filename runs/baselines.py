@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runs.plots import plot_baselines
-from runs.records import COMPLETE, Run, cell, differing, label
+from runs.reading import COMPLETE, Run, cell, differing, label
 
 ARMS = {"base": "base model", "alone": "each client alone", "null": "federated", "central": "central"}
 FIGURES = {"loss": "held-out loss", "exact_match": "exact match", "rouge_l": "ROUGE-L"}

@@ -7,6 +7,7 @@ ends: `SweepReport` is Hydra's callback for that, set in conf/config.yaml.
 import argparse
 import csv
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,10 +18,10 @@ from omegaconf import DictConfig
 
 from runs import baselines
 from runs.plots import plot_comparison
-from runs.records import COMPLETE, Run, cell, differing, find_runs, label, read_text, run_folders
+from runs.reading import COMPLETE, Run, cell, differing, find_runs, label, read_text, run_folders
 from utils import bytes_text, seconds_text
 
-FILES = ("sweep.csv", "sweep.md", "train_loss.png", "baselines.csv", "baselines.md", "baselines.png")
+DRY_RUN = re.compile(r"\+{0,2}dry_run=(true|yes|on|1)", re.IGNORECASE)
 NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column -> (key of results.json, how people read it)
     "final loss": ("final_train_loss", "{:.4f}".format),
     "best loss": ("best_train_loss", "{:.4f}".format),
@@ -32,8 +33,8 @@ NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column -> (key of re
 }
 
 
-def report(runs: Sequence[Run], output: Path) -> None:
-    """Write sweep.csv, sweep.md and train_loss.png into `output`."""
+def report(runs: Sequence[Run], output: Path) -> list[str]:
+    """Write sweep.csv, sweep.md, train_loss.png and, of baselines, their table into `output`; returns the names."""
     keys, names = differing(runs), names_of([run.folder for run in runs])
     output.mkdir(parents=True, exist_ok=True)
     header = ["run", *keys, *NUMBERS, "status", "error"]
@@ -50,10 +51,13 @@ def report(runs: Sequence[Run], output: Path) -> None:
         for name, text, run in zip(names, labels, runs, strict=True)
         if run.metrics
     ]
+    written = ["sweep.csv", "sweep.md"]
     if curves:
         plot_comparison(curves, output / "train_loss.png")
-    if "baseline" in keys:
-        baselines.report(runs, output)
+        written.append("train_loss.png")
+    if "baseline" in keys and baselines.report(runs, output):
+        written += ["baselines.csv", "baselines.md", "baselines.png"]
+    return written
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -80,16 +84,28 @@ class SweepReport(Callback):
     failed = False
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        if "dry_run=true" in config.hydra.overrides.task:
+        if any(DRY_RUN.fullmatch(override) for override in config.hydra.overrides.task):
             return
         SweepReport.failed = True  # until it is known better
         folder = Path(config.hydra.sweep.dir)
         runs = find_runs([folder])
         done = sum(run.status == COMPLETE for run in runs)
-        report(runs, folder)
-        print(read_text(folder / "baselines.md"), end="")
-        print(f"sweep: {done} of {len(runs)} runs complete; see {folder / 'sweep.md'} and train_loss.png", flush=True)
+        written = report(runs, folder)
+        show(folder, written, "baselines.md")
+        also = " and train_loss.png" if "train_loss.png" in written else ""
+        print(f"sweep: {done} of {len(runs)} runs complete; see {folder / 'sweep.md'}{also}", flush=True)
         SweepReport.failed = done < len(runs)
+
+
+def is_job(folder: Path) -> bool:
+    """Whether a run belongs to a sweep: there a job that failed has its line too."""
+    return (folder.parent / "multirun.yaml").exists()
+
+
+def show(folder: Path, written: Sequence[str], *names: str) -> None:
+    """Print those of the files `names` in `folder` that were just `written`."""
+    for name in names:
+        print(read_text(folder / name) if name in written else "", end="")
 
 
 def main() -> int:
@@ -102,13 +118,15 @@ def main() -> int:
             print(f"error: {folder}: no run folder there", file=sys.stderr)
             return 2
     try:
-        report(find_runs(options.folders), options.output)
+        found = find_runs(options.folders)
+        runs = [run for run in found if run.metrics or run.folder in options.folders or is_job(run.folder)]
+        written = report(runs, options.output)
     except OSError as error:
         print(f"error: --output={options.output}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
-    print((options.output / "sweep.md").read_text(encoding="utf-8"), end="")
-    print(read_text(options.output / "baselines.md"), end="")
-    written = [name for name in FILES if (options.output / name).exists()]
+    show(options.output, written, "sweep.md", "baselines.md")
+    if left_out := len(found) - len(runs):
+        print(f"left out: {left_out} folders of dry runs, and of runs that ended before a round", file=sys.stderr)
     print(f"written: {', '.join(written)} in {options.output.resolve()}", file=sys.stderr)
     return 0
 

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 class Record:
     """What a run has done so far, in memory and in its folder.
 
-    Every method that writes raises RunError if the folder cannot be written.
+    It begins with `start`, which `restore` may follow. `add`, `charge` and `finish` raise RunError if the folder cannot
+    be written; `keep_last_round` warns.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Record:
             self.warn(f"round {self.state.round_number} is not kept: {error}")
 
     def finish(self, facts: Mapping[str, Any], waited_s: float) -> dict[str, Any]:
-        """Write the last checkpoint, train_loss.png and results.json; returns the last.
+        """Write the last checkpoint, train_loss.png and results.json; returns what the last holds.
 
         Args:
             facts: more for results.json.

@@ -13,7 +13,7 @@ from typing import Any
 
 from settings.resume import RESUME, SETTINGS_FILE, must_be_said, read_settings
 from settings.schema import RunConfig, SettingsError
-from utils import write_json, write_whole
+from utils import DIGESTS_FILE, torn_files, write_json, write_whole
 
 METRICS_FILE, RESULTS_FILE, ERROR_FILE = "metrics.jsonl", "results.json", "error.txt"
 MAY_CHANGE = (  # settings that a resumed run may change: how it is done, up to rounding and to who answers in time
@@ -58,7 +58,8 @@ def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterat
             "overrides": [text for text in overrides if not RESUME.match(text)],
             "settings": asdict(config),
         }
-        if resumes := is_used(folder):
+        wanted = config.resume or config.resume_sweep
+        if resumes := has_rounds(folder) or bool(wanted and (folder / SETTINGS_FILE).exists()):
             check_same(folder, config)
             content |= {"data": read_settings(folder).get("data")}
         elif config.resume:
@@ -75,8 +76,9 @@ def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterat
         os.close(lock)
 
 
-def is_used(folder: Path) -> bool:
-    return any(folder.glob("peft_*")) or any((folder / name).exists() for name in (SETTINGS_FILE, METRICS_FILE))
+def has_rounds(folder: Path) -> bool:
+    """Whether a run has left results in `folder`: one that was refused before its first round has not."""
+    return any(folder.glob("peft_*")) or (folder / METRICS_FILE).exists()
 
 
 def check_same(folder: Path, config: RunConfig) -> None:
@@ -137,3 +139,29 @@ def command_to_resume(folder: Path, sweep: Path | None = None) -> str:
         again = [text for text in read_settings(folder)["overrides"] if must_be_said(text)]
         return f"python main.py {shlex.join([f'resume={folder}', *again])}"
     return ""
+
+
+RUN_FOLDER_LOOK = (
+    "a run folder holds peft_<round>/ folders, each with adapter_config.json and adapter_model.safetensors"
+)
+
+
+def find_checkpoint(name: str) -> Path:
+    """The adapter folder that `--peft-path` means: itself, or the last checkpoint of a run folder.
+
+    Raises:
+        SettingsError: if there is none, or it says itself that it is damaged.
+    """
+    folder = Path(os.path.expanduser(name))  # noqa: PTH111  Path's own raises for the home of nobody
+    if os.path.isfile(folder):
+        raise SettingsError(f"--peft-path={name}: is a file; name the folder in which the adapter lies")
+    if not os.path.isdir(folder):
+        raise SettingsError(f"--peft-path={name}: no such folder; {RUN_FOLDER_LOOK}")
+    if not os.path.isfile(folder / "adapter_config.json"):
+        rounds = rounds_in(folder)
+        if not rounds:
+            raise SettingsError(f"--peft-path={name}: no adapter here; {RUN_FOLDER_LOOK}")
+        folder = folder_of(folder, rounds[0])
+    if (folder / DIGESTS_FILE).exists() and (torn := torn_files(folder)):
+        raise SettingsError(f"--peft-path={folder}: damaged ({', '.join(torn)}); name another checkpoint")
+    return folder

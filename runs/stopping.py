@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first ends a run where nothing is half done, the second ends it at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first ends a run where nothing is half done, the second ends it at once."""
 
 import os
 import signal
@@ -16,6 +16,7 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TWICE_S = 1.0  # `timeout` and Slurm signal a process and its group: within this time that is one request
 first_s: float | None = None  # when the first signal came
 holding = 0  # blocks that let it wait
@@ -23,9 +24,10 @@ waiting: list[int] = []
 
 
 def listen() -> None:
-    """From here on the first SIGINT or SIGTERM raises Stopped, and the next one ends the process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    """From here on the first SIGINT, SIGTERM or SIGHUP raises Stopped, and the next one ends the process."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, stop)
 
 
 def stop(number: int, _frame: Any) -> None:

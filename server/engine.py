@@ -31,6 +31,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from exchange.faults import WORKER_DIED
+from runs.stopping import SIGNALS
 from settings.schema import ClientResources, RunConfig, RunError, SettingsError
 from utils import SUITE_FOLDER, shortened
 
@@ -186,17 +187,21 @@ def check_machine(config: RunConfig) -> None:
     wanted, cpus = config.client_resources, os.cpu_count() or 1
     if config.ray.address:
         return
+    wrong: list[tuple[str, str, str]] = []  # what was asked for, what there is, what to set
     if wanted.num_cpus > cpus:
-        raise SettingsError(
-            f"client_resources.num_cpus={wanted.num_cpus}: this machine has {cpus}; "
-            f"set client_resources.num_cpus={cpus}"
-        )
+        wrong.append((f"client_resources.num_cpus={wanted.num_cpus}", f"{cpus} CPU cores", f"num_cpus={cpus}"))
     if wanted.num_gpus and not gpu_shares(wanted):
         import torch
 
         gpus = torch.cuda.device_count()
-        hint = "client_resources.num_gpus=0 to train on the CPU" if gpus == 0 else f"client_resources.num_gpus={gpus}"
-        raise SettingsError(f"client_resources.num_gpus={wanted.num_gpus:g}: this machine has {gpus}; set {hint}")
+        instead = f"num_gpus={gpus}" + ("" if gpus else " (to train on the CPU)")
+        wrong.append((f"client_resources.num_gpus={wanted.num_gpus:g}", f"{gpus} GPUs", instead))
+    if wrong:
+        asked, there, instead_of_them = zip(*wrong, strict=True)
+        raise SettingsError(
+            f"{', '.join(asked)}: this machine has {' and '.join(there)}; set "
+            f"{' '.join(f'client_resources.{setting}' for setting in instead_of_them)}"
+        )
 
 
 def warm_up(config: RunConfig, log_file: Path) -> None:
@@ -208,8 +213,8 @@ def warm_up(config: RunConfig, log_file: Path) -> None:
         return
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUITE_FOLDER), os.environ.get("PYTHONPATH")]))
     forkserver.set_forkserver_preload(["client"])
-    # inherited: Ctrl-C and SIGTERM are the driver's business, even if they go to the whole process group
-    handlers = {which: signal.signal(which, signal.SIG_IGN) for which in (signal.SIGINT, signal.SIGTERM)}
+    # inherited: signals are the driver's business, even if they go to the whole process group
+    handlers = {which: signal.signal(which, signal.SIG_IGN) for which in SIGNALS}
     terminal = os.dup(1), os.dup(2)
     try:
         output_to(log_file)
@@ -332,7 +337,7 @@ def describe_exit(code: int | None) -> str:
 
 def work(connection: Connection, gpus: str, log_file: Path | None) -> None:
     """The main function of a worker process: answer until the driver is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if log_file and log_file.parent.is_dir():
         output_to(log_file)  # what libraries print

@@ -40,8 +40,8 @@ from model import Adapter
 from runs import checkpoint
 from runs.checkpoint import State
 from runs.record import Record
-from server.limits import Budget, BudgetSpent, no_better, num_training
-from server.sampling import choose
+from server.limits import Budget, BudgetSpent, no_better
+from server.sampling import choose, num_training
 from server.strategies import ShownNodes, aggregate, make_strategy
 from settings.schema import RunConfig, RunError, SettingsError, check_budget, share_of
 from utils import cosine_learning_rate, peak_resident_bytes
@@ -98,6 +98,7 @@ class Federation:
         improves (`train.early_stop_rounds`), or when the next round would cost too much (`strategy.max_bytes`).
 
         Raises:
+            SettingsError: if what the clients say has to be changed.
             RunError: if a round has too few valid replies, or results cannot be written.
         """
         started, record = time.perf_counter(), self.record

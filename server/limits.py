@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from settings.schema import RunConfig, share_of
+from server.sampling import num_training
+from settings.schema import RunConfig
 from utils import held_out_losses
 
 
@@ -42,12 +43,6 @@ class Budget:
         next_round = self.of_round(round_number + 1, num_clients, num_training(self.config, num_clients))
         measured = bool(self.config.dataset.eval_name) and round_number > 0
         return measured and self.payload_bytes <= left < next_round
-
-
-def num_training(config: RunConfig, num_clients: int) -> int:
-    """Clients that train in a round: `fraction_fit` of the `num_clients` there, and no fewer than are needed."""
-    sampling = config.sampling
-    return min(num_clients, max(1, sampling.min_replies, share_of(num_clients, sampling.fraction_fit)))
 
 
 def no_better(config: RunConfig, round_number: int, metrics: Sequence[Mapping[str, Any]]) -> str | None:

@@ -2,7 +2,14 @@
 
 from collections.abc import Collection, Iterable
 
+from settings.schema import RunConfig, share_of
 from utils import generator
+
+
+def num_training(config: RunConfig, num_clients: int) -> int:
+    """Clients that train in a round: `fraction_fit` of the `num_clients` there, and no fewer than are needed."""
+    sampling = config.sampling
+    return min(num_clients, max(1, sampling.min_replies, share_of(num_clients, sampling.fraction_fit)))
 
 
 def sample(partitions: Iterable[int], count: int, *key: str | int) -> list[int]:

@@ -17,7 +17,7 @@ from server import plan
 from server.engine import worker_grid
 from server.federation import Federation
 from settings.schema import RunConfig
-from utils import objective, quiet_libraries
+from utils import local_path, objective, quiet_libraries
 
 TOKEN_CACHE = ".tokens"
 
@@ -42,10 +42,10 @@ def run(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float
         tracker = start_tracker(config, folder)
         if tracker:
             stack.callback(tracker.finish)
-        plan.check_model(config)  # before gigabytes of weights are downloaded
+        checked = None if local_path(config.model.name) else plan.check_inputs(config)  # before weights are downloaded
         model.base_folder(config.model, weights=not config.ray.address)  # a cluster's machines download it themselves
         grid = stack.enter_context(worker_grid(Site(config, False, cache, folder / "main.log")))
-        template, data = plan.check_inputs(config)  # while the workers load the base model
+        template, data = checked or plan.check_inputs(config)  # while the workers load the base model
         runfolder.check_data(folder, data)
         progress = stack.enter_context(RunProgress(config.num_rounds, console, tracker))
         if shared := data.get("held_out", {}).get("also_trained_on", 0):

@@ -29,7 +29,7 @@ class LoraSettings(BaseModel):
     lora_alpha: int = setting(WHOLE, ge=1)
     lora_dropout: float = setting("a number of at least 0 and below 1", ge=0, lt=1)
     target_modules: str | list[str] | None = setting("a list of module names, all-linear, or null")
-    exclude_modules: str | list[str] | None = setting(NAMES)
+    exclude_modules: str | list[str] | None = setting("a list of module names, a regular expression, or null")
     modules_to_save: list[str] | None = setting(NAMES)
     target_parameters: list[str] | None = setting("a list of parameter names, or null")
     bias: Literal["none", "all", "lora_only"] = setting("one of none, all, lora_only")

@@ -25,7 +25,7 @@ FLOWERS = re.compile(
 HARMLESS_ENGINE = re.compile(r"hydra/(launcher|sweeper)=\w+|hydra\.(launcher|sweeper)\.(?!_)\w+=[\w.]+")
 
 
-def continued(arguments: Sequence[str]) -> list[str]:
+def resumed_run(arguments: Sequence[str]) -> list[str]:
     """The command line that `resume=FOLDER` stands for: the run's own, in its own folder, and what is given beside.
 
     Raises:
@@ -79,7 +79,7 @@ def must_be_said(override: str) -> bool:
     return not HARMLESS.fullmatch(override) or bool(re.search("trust_remote_code(?!=false)", override))
 
 
-def resumed(arguments: Sequence[str]) -> list[str]:
+def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     """The command line that `resume_sweep=FOLDER` stands for: the sweep's own, in its own folder.
 
     Raises:

@@ -1,7 +1,7 @@
 """Typed settings: what `conf/` may say, and one clear line for whatever it may not.
 
 Every default is written in `conf/`; this schema holds types, meanings and ranges. settings/compose.py makes a
-`RunConfig` of Hydra's overrides. Imports nothing but Python's own library.
+`RunConfig` of Hydra's overrides. Imports nothing of ours.
 """
 
 import difflib
@@ -152,7 +152,7 @@ class ClientResources:
 @dataclass(kw_only=True)
 class RayConfig:
     address: str | None = MISSING
-    """Address of a running Ray cluster (or `auto`); null starts Ray on this machine."""
+    """Address of a running Ray cluster (or `auto`); null: plain processes of this machine, without Ray."""
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from client import Site, client_app
 from dataset import TEMPLATE_FOLDER
 from exchange.guard import REPORT
 from exchange.transfer import decode, encode, to_record
-from runs import compare
+from runs import compare, stopping
 from server.engine import identify_as_flower_task
 from server.federation import Federation
 from settings.compose import compose
@@ -130,8 +130,8 @@ class Clients:
     `losses` are the held-out losses after each round, 0 for before the first.
     """
 
-    def __init__(self, config, bad=lambda partition, number, reply: reply, rows=100, losses=None):
-        self.config, self.bad, self.rows, self.losses = config, bad, rows, losses or {}
+    def __init__(self, config, bad=lambda partition, number, reply: reply, rows=100, losses=None, own_data=False):
+        self.config, self.bad, self.rows, self.losses, self.own_data = config, bad, rows, losses or {}, own_data
         self.good: dict[int, dict[int, dict]] = {}  # round -> partition -> adapter
 
     def __call__(self, message, context):
@@ -140,7 +140,9 @@ class Clients:
             arrays = {name: np.ones(shape, np.float32) for name, shape in self.shapes.items()}
             return Message(RecordDict({"arrays": to_record(arrays)}), reply_to=message)
         if message.metadata.message_type.startswith("query"):
-            facts = ConfigRecord({"partition-id": partition, "num-rows": self.rows, "device": "none"})
+            facts = ConfigRecord(
+                {"partition-id": partition, "num-rows": self.rows, "device": "none", "own-data": self.own_data}
+            )
             return Message(RecordDict({"client": facts}), reply_to=message)
         config, form = message.content["config"], self.config.transfer
         if message.metadata.message_type == "evaluate":
@@ -188,15 +190,15 @@ def outcome(folder: Path) -> tuple:
 
 def call_main(*arguments: str) -> int:
     """`python main.py ARGUMENTS` in this process, which saves the seconds of its imports; returns the exit code."""
-    handlers, argv = logging.getLogger().handlers, sys.argv
-    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers, argv, streams = logging.getLogger().handlers, sys.argv, (sys.stdout, sys.stderr)
+    signals = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     sys.argv = ["main.py", *arguments]
     main.exit_codes.clear()
     compare.SweepReport.failed = False
     try:
         return main.main()
     finally:
-        sys.argv, logging.getLogger().handlers = argv, handlers
+        sys.argv, logging.getLogger().handlers, (sys.stdout, sys.stderr) = argv, handlers, streams
         for number, handler in signals.items():
             signal.signal(number, handler)
 

@@ -23,6 +23,7 @@ from client import GLOBAL_SET, Worker, evaluate_adapter
 from exchange.scores import figures
 from learning import answering, harness, tuned
 from learning.evaluation import held_out, losses_on, score, until
+from runs.runfolder import find_checkpoint
 from settings.schema import SettingsError
 from tests.conftest import small
 from utils import SUITE_FOLDER, read_json_lines
@@ -54,12 +55,12 @@ def options(run_folder, *extra: str):
 
 @pytest.fixture(scope="module")
 def answerer(run_folder):
-    return answering.Answerer(tuned.find_checkpoint(str(run_folder)), options(run_folder, "--question=x"))
+    return answering.Answerer(find_checkpoint(str(run_folder)), options(run_folder, "--question=x"))
 
 
 def test_a_run_folder_means_its_last_checkpoint(run_folder):
-    assert tuned.find_checkpoint(str(run_folder)).name == "peft_10"
-    assert tuned.find_checkpoint(str(run_folder / "peft_2")).name == "peft_2"
+    assert find_checkpoint(str(run_folder)).name == "peft_10"
+    assert find_checkpoint(str(run_folder / "peft_2")).name == "peft_2"
 
 
 @pytest.mark.parametrize("quantization", ["4", "8", "none"])
@@ -309,7 +310,7 @@ WRONG_PLACES = {
     "--questions={file} --output={empty}": "--output={empty}: is no ordinary file",
     "--questions={file} --output=/dev/null": "--output=/dev/null: is no ordinary file",
     "--questions={file} --output={file}": "--output={file}: is the data itself",
-    "--questions={file} --output={run}/peft_2/adapter_config.json": "lies among the adapter's own files",
+    "--questions={file} --output={run}/peft_2/adapter_config.json": "is one of the adapter's own files",
     "--questions={file} --output={empty}/a --compare": "--compare: goes with --question, --evaluate or --tasks",
     "--questions={file} --output={file}/a": "--output={file}/a: there is no folder {file}",
     "--questions={file} --output={empty}/{long}": "cannot be written (File name too long); choose another file",

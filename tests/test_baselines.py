@@ -12,7 +12,7 @@ from client import GLOBAL_SET, Worker, evaluate_adapter, fine_tune
 from exchange.scores import figures
 from learning.training import Task
 from runs import baselines
-from runs.records import find_runs
+from runs.reading import find_runs
 from settings.schema import SettingsError
 from tests.conftest import Clients, call_main, play, run_locally, small
 from tests.test_client import start

@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 import model as adapters
-from learning.tuned import find_checkpoint
 from runs.card import write_card
+from runs.runfolder import find_checkpoint
 from tests.conftest import small
 from utils import SUITE_FOLDER
 

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from runs import compare, records
-from settings.resume import resumed
+from runs import compare, reading
+from settings.resume import resumed_sweep
 from settings.schema import SettingsError
 from tests.conftest import call_main, children, wait_for_end
 from utils import append_json_line, read_json_lines, write_json
@@ -58,7 +59,7 @@ def test_broken_folders_get_a_row_and_hide_no_other(folders, tmp_path):
         (folders / name / ".hydra").mkdir(parents=True)
         (folders / name / file).write_bytes(content)
     make_run(folders / "8", [float("nan")], [r"model.name='$\\frac{1$ |\n'"])
-    runs = records.find_runs([folders])
+    runs = reading.find_runs([folders])
     compare.report(runs, tmp_path)
     rows = {row["run"]: row for row in read_table(tmp_path)}
     assert list(rows) == ["0", "2", "3", "4", "5", "6", "7", "8", "10"]
@@ -73,8 +74,8 @@ def test_runs_of_one_name_and_settings_of_one_ending_stay_apart(tmp_path):
     make_run(tmp_path / "a" / "0", [1.0], ["model.name=x", "dataset.name=y"])
     make_run(tmp_path / "b" / "0", [2.0], ["model.name=y", "dataset.name=y"])
     make_run(tmp_path / "c" / "0", [3.0], ["model.name=x", "dataset.name=z"])
-    runs = records.find_runs([tmp_path])
-    labels = [records.label(run, records.differing(runs)) for run in runs]
+    runs = reading.find_runs([tmp_path])
+    labels = [reading.label(run, reading.differing(runs)) for run in runs]
     assert labels == ["model.name=x, dataset.name=y", "model.name=y, dataset.name=y", "model.name=x, dataset.name=z"]
     compare.report(runs, tmp_path / "out")
     assert [row["run"] for row in read_table(tmp_path / "out")] == ["a/0", "b/0", "c/0"]
@@ -83,10 +84,10 @@ def test_runs_of_one_name_and_settings_of_one_ending_stay_apart(tmp_path):
 def test_folder_of_another_run_keeps_its_own_settings_and_results(tmp_path, capsys):
     fast = [*TINY, f"hydra.run.dir={tmp_path}"]
     assert call_main(*fast, "seed=1") == 0
-    before = records.read_run(tmp_path)
+    before = reading.read_run(tmp_path)
     assert call_main(*fast, "seed=2") == 2
     assert "holds the results of another run" in capsys.readouterr().err
-    assert records.read_run(tmp_path) == before
+    assert reading.read_run(tmp_path) == before
     assert before.settings["seed"] == "1"
 
 
@@ -96,7 +97,7 @@ def read_table(folder: Path) -> list[dict[str, str]]:
 
 
 def test_table_has_a_row_a_run_with_what_differs_and_what_became_of_it(folders, tmp_path):
-    compare.report(records.find_runs([folders]), tmp_path / "out")
+    compare.report(reading.find_runs([folders]), tmp_path / "out")
     complete, interrupted, failed = read_table(tmp_path / "out")
     assert [row["run"] for row in (complete, interrupted, failed)] == ["0", "2", "10"]
     assert "num_rounds" not in complete
@@ -112,9 +113,9 @@ def test_table_has_a_row_a_run_with_what_differs_and_what_became_of_it(folders, 
 
 
 def test_labels_say_only_what_differs(folders):
-    runs = records.find_runs([folders])
-    keys = records.differing(runs)
-    assert [records.label(run, keys) for run in runs] == [
+    runs = reading.find_runs([folders])
+    keys = reading.differing(runs)
+    assert [reading.label(run, keys) for run in runs] == [
         "quantization=4, seed=1",
         "quantization=8, seed=1",
         "quantization=8, seed=2",
@@ -133,18 +134,18 @@ def test_any_run_folders_can_be_compared(folders, tmp_path, capsys, monkeypatch)
 
 def test_resumed_sweep_must_be_one_and_have_the_same_settings(tmp_path):
     with pytest.raises(SettingsError, match="not the folder of a grid sweep"):
-        resumed([f"resume_sweep={tmp_path}"])
+        resumed_sweep([f"resume_sweep={tmp_path}"])
     noted = ["hydra.mode=MULTIRUN", "hydra.sweep.dir=x", "hydra/launcher=joblib"]
     (tmp_path / "multirun.yaml").write_text(
         json.dumps({"hydra": {"overrides": {"task": ["seed=1,2"], "hydra": noted}}})
     )
     continued = ["--multirun", "seed=1,2", "hydra/launcher=joblib", f'resume_sweep="{tmp_path}"']
     continued.append(f'hydra.sweep.dir="{tmp_path}"')
-    assert resumed([f"resume_sweep={tmp_path}"]) == continued
-    assert resumed(["--multirun", "seed=1,2", f"resume_sweep={tmp_path}", "hydra/launcher=joblib"]) == continued
+    assert resumed_sweep([f"resume_sweep={tmp_path}"]) == continued
+    assert resumed_sweep(["--multirun", "seed=1,2", f"resume_sweep={tmp_path}", "hydra/launcher=joblib"]) == continued
     with pytest.raises(SettingsError, match="was started with seed=1,2 hydra/launcher=joblib; repeat that"):
-        resumed(["--multirun", "seed=1,3", f"resume_sweep={tmp_path}"])
-    assert resumed(["seed=1"]) == ["seed=1"]
+        resumed_sweep(["--multirun", "seed=1,3", f"resume_sweep={tmp_path}"])
+    assert resumed_sweep(["seed=1"]) == ["seed=1"]
 
 
 # --- sweeps, for real -----------------------------------------------------------------------------
@@ -260,3 +261,24 @@ def test_joblib_runs_jobs_side_by_side(tmp_path):
     output, _ = sweep.communicate(timeout=400)
     assert sweep.returncode == 1, output
     assert sorted(row["status"] for row in read_table(tmp_path)) == ["complete"] * 2 + ["failed"] * 2
+
+
+@pytest.mark.parametrize("written", ["dry_run=true", "dry_run=True", "+dry_run=1"])
+def test_dry_runs_of_a_sweep_are_no_failures(written, tmp_path):
+    settings = OmegaConf.create({"hydra": {"overrides": {"task": [written]}, "sweep": {"dir": str(tmp_path)}}})
+    compare.SweepReport.failed = False
+    compare.SweepReport().on_multirun_end(settings)
+    assert not compare.SweepReport.failed
+    assert not (tmp_path / "sweep.md").exists()
+
+
+def test_comparison_shows_what_it_wrote_and_leaves_out_what_never_ran(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "outputs/1", [0.5])
+    (tmp_path / "outputs/2/.hydra").mkdir(parents=True)
+    (tmp_path / "baselines.md").write_text("of another comparison")
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "outputs"), f"--output={tmp_path}"])
+    assert compare.main() == 0
+    said = capsys.readouterr()
+    assert "of another" not in said.out
+    assert "left out: 1 folders" in said.err
+    assert "baselines" not in said.err

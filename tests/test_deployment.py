@@ -448,7 +448,7 @@ def test_run_whose_clients_all_fail_exits_non_zero_with_the_clients_error(tmp_pa
         deployed.node("second", "app:client2", f"--dataset={empty}")
         done = deployed.run(*RUN)
         assert done.returncode == 1, done.stdout + done.stderr
-        assert "none of its 8 rows has a response to train on" in " ".join(done.stdout.split())  # logs are wrapped
+        assert "none of its 8 rows has a response (column output)" in " ".join(done.stdout.split())  # logs are wrapped
         assert "finished:failed" in done.stdout
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import model as adapters
 import test as cli
 from learning import answering, tuned
+from runs.runfolder import find_checkpoint
 from settings.schema import SettingsError
 from tests.conftest import small
 from tests.hub.repositories import build
@@ -194,14 +195,14 @@ def test_another_base_can_be_named_and_a_checkpoint_with_more_files_is_whole(bas
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs")  # as in a copy from the Hub
     (folder / ".cache").mkdir()
     with pytest.raises(SettingsError, match="revision=v2; download that one, and name its folder with --base"):
-        tuned.find_tuned(tuned.find_checkpoint(str(folder)), options(folder))
+        tuned.find_tuned(find_checkpoint(str(folder)), options(folder))
     named = options(folder, "--question=x", f"--base={bases['tied']}")
-    found = tuned.find_tuned(tuned.find_checkpoint(str(folder)), named)
+    found = tuned.find_tuned(find_checkpoint(str(folder)), named)
     assert found.cfg.name == str(bases["tied"])
     with (folder / "adapter_config.json").open("a") as file:
         file.write(" ")
     with pytest.raises(SettingsError, match=r"damaged \(adapter_config.json\)"):
-        tuned.find_checkpoint(str(folder))
+        find_checkpoint(str(folder))
 
 
 def test_a_base_with_python_code_of_its_own_needs_trust(tmp_path):

@@ -172,7 +172,7 @@ def test_two_processes_may_fill_the_cache_at_the_same_time(tmp_path):
     import sys
 
     load = (
-        "import sys, model; from compose import compose; "
+        "import sys, model; from settings.compose import compose; "
         "model.load_base(compose(['experiment=quickstart', f'model.cache_folder={sys.argv[1]}']).model)"
     )
     both = [subprocess.Popen([sys.executable, "-c", load, str(tmp_path)]) for _ in range(2)]
@@ -256,6 +256,13 @@ def test_target_that_a_model_lacks_is_answered_with_what_it_has(targets):
 def test_lora_options_that_would_train_nothing_are_refused_before_the_start(override, message):
     with pytest.raises(SettingsError, match=message):
         adapters.adapter_plan(small(override).model, adapters.read_config(small().model))
+
+
+def test_pattern_that_is_no_regular_expression_is_named():
+    cfg = small().model
+    cfg.lora["alpha_pattern"] = {"q_proj(": 4}
+    with pytest.raises(SettingsError, match=r"model.lora.alpha_pattern=q_proj\(: not a valid regular expression"):
+        adapters.adapter_plan(cfg, adapters.read_config(cfg))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from exchange.transfer import to_record
 from learning import memory, training
 from runs import checkpoint, runfolder, stopping
 from settings import resume
-from settings.resume import resumed
+from settings.resume import resumed_sweep
 from settings.schema import RunError, SettingsError
 from tests.conftest import (
     Clients,
@@ -264,6 +264,10 @@ def test_folder_belongs_to_one_process_and_one_run(tmp_path):
         ):
             pass
     assert {file.name for file in tmp_path.iterdir()} == {"settings.json", ".lock"}
+    with runfolder.claimed(tmp_path, small("seed=2"), []) as resumes:  # the first one ended before it had a round
+        assert not resumes
+    with runfolder.claimed(tmp_path, config, []):
+        (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(SettingsError, match="holds the results of another run; choose another folder, or resume="):
         runfolder.claimed(tmp_path, config, []).__enter__()
     with runfolder.claimed(tmp_path, small(f"resume={tmp_path}"), []) as resumes:
@@ -310,13 +314,13 @@ def write_settings(folder: Path, *overrides: str) -> None:
 def test_resume_stands_for_the_runs_own_command_line(tmp_path):
     write_settings(tmp_path, "experiment=quickstart", "seed=1", "resume=x")
     place = [f'resume="{tmp_path}"', f'hydra.run.dir="{tmp_path}"']
-    assert resume.continued([f"resume={tmp_path}"]) == ["experiment=quickstart", "seed=1", *place]
-    assert resume.continued([f"resume={tmp_path}", "ray.address=auto"]) == [
+    assert resume.resumed_run([f"resume={tmp_path}"]) == ["experiment=quickstart", "seed=1", *place]
+    assert resume.resumed_run([f"resume={tmp_path}", "ray.address=auto"]) == [
         "experiment=quickstart", "seed=1", "ray.address=auto", *place
     ]  # fmt: skip
-    assert resume.continued(["seed=1", "resume=null"]) == ["seed=1", "resume=null"]
+    assert resume.resumed_run(["seed=1", "resume=null"]) == ["seed=1", "resume=null"]
     with pytest.raises(SettingsError, match="resume_sweep"):
-        resume.continued(["--multirun", f"resume={tmp_path}"])
+        resume.resumed_run(["--multirun", f"resume={tmp_path}"])
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"overrides": [1], "settings": {}}', "\0"])
@@ -352,8 +356,8 @@ def test_folder_without_readable_settings_gets_one_line(content, tmp_path, capsy
 def test_strangers_run_folder_can_not_run_code(evil, tmp_path):
     write_settings(tmp_path, "experiment=quickstart", evil)
     with pytest.raises(SettingsError, match="which can run code, .*elsewhere; give it again"):
-        resume.continued([f"resume={tmp_path}"])
-    assert evil in resume.continued([f"resume={tmp_path}", evil])
+        resume.resumed_run([f"resume={tmp_path}"])
+    assert evil in resume.resumed_run([f"resume={tmp_path}", evil])
 
 
 def test_harmless_settings_are_not_asked_for_again(tmp_path):
@@ -362,7 +366,7 @@ def test_harmless_settings_are_not_asked_for_again(tmp_path):
         "strategy._target_=flwr.serverapp.strategy.FedYogi", "dataset/partitioner=dirichlet", "seed=3",
     ]  # fmt: skip
     write_settings(tmp_path, *harmless)
-    assert resume.continued([f"resume={tmp_path}"])[: len(harmless)] == harmless
+    assert resume.resumed_run([f"resume={tmp_path}"])[: len(harmless)] == harmless
 
 
 def test_command_to_resume_says_what_has_to_be_said_again(tmp_path):
@@ -378,8 +382,8 @@ def test_strangers_sweep_can_not_run_code(tmp_path):
         "hydra:\n  overrides:\n    hydra: ['+hydra.callbacks.x={_target_: numpy.load}']\n    task: [seed=1]\n"
     )
     with pytest.raises(SettingsError, match="which can run code, "):
-        resumed([f"resume_sweep={tmp_path}"])
-    assert resumed(["resume_sweep=null", "seed=1"]) == ["seed=1"]
+        resumed_sweep([f"resume_sweep={tmp_path}"])
+    assert resumed_sweep(["resume_sweep=null", "seed=1"]) == ["seed=1"]
 
 
 @pytest.mark.parametrize("name", ["settings.json.tmp", ".lock", "metrics.jsonl", "peft_1/state.json"])
@@ -390,7 +394,7 @@ def test_links_in_a_strangers_folder_are_not_followed(name, tmp_path):
     write_settings(folder, "seed=1")
     (folder / name).symlink_to(victim)
     with pytest.raises(SettingsError, match="holds links"):
-        resume.continued([f"resume={folder}"])
+        resume.resumed_run([f"resume={folder}"])
     with pytest.raises(SettingsError), runfolder.claimed(folder, small(f"resume={folder}"), []):
         pass
     assert victim.read_text() == "precious"
@@ -407,7 +411,7 @@ def test_strategys_state_can_not_reach_its_class(name):
 @pytest.mark.parametrize("given", ["a'b", 'a"b', "a\\", "a${b}"])
 def test_folder_names_that_mean_something_to_hydra_are_refused(given):
     with pytest.raises(SettingsError, match="rename the folder"):
-        resume.continued([f"resume={given}"])
+        resume.resumed_run([f"resume={given}"])
 
 
 def test_superlink_goes_on_only_with_runs_below_its_outputs(tmp_path):
@@ -825,8 +829,8 @@ def wait_for(run, beginning: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_first_signal_keeps_the_last_whole_round_and_says_how_to_go_on(number, code, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_first_signal_keeps_the_last_whole_round_and_says_how_to_resume(number, code, tmp_path):
     run = start(*SHORT, f"hydra.run.dir={tmp_path}")
     wait_for(run, "round 2/")
     workers = children(run.pid)
@@ -844,9 +848,9 @@ def test_first_signal_keeps_the_last_whole_round_and_says_how_to_go_on(number, c
 def test_second_signal_ends_at_once_and_leaves_no_process(tmp_path):
     """The first one comes where a round is being recorded, so it has to wait."""
     code = (
-        "import sys, time, main, strategy\n"
-        "def slow(self, *_):\n    print('recording', flush=True)\n    time.sleep(60)\n    return None\n"
-        "strategy.Federation.record = slow\n"
+        "import sys, time, main, runs.record\n"
+        "def slow(*_):\n    print('recording', flush=True)\n    time.sleep(60)\n    return None\n"
+        "runs.record.append_json_line = slow\n"
         "if __name__ == '__main__': sys.exit(main.main())\n"
     )
     script = tmp_path / "slow.py"

@@ -15,7 +15,7 @@ from server.engine import identify_as_flower_task
 from server.sampling import sample
 from server.strategies import make_strategy
 from settings.schema import RunError
-from tests.conftest import LocalGrid, make_federation, run_locally, small
+from tests.conftest import Clients, LocalGrid, make_federation, run_locally, small
 from utils import cosine_learning_rate, read_json_lines
 
 STRATEGIES = ["fedavg", "fedprox", "fedavgm", "fedadam", "fedmedian"]
@@ -292,3 +292,12 @@ def test_rows_without_a_response_are_reported_once_for_each_client(tmp_path):
     left_out = [int(warning.split()[2]) for warning in federation.progress.warnings]
     assert sum(left_out) == 20
     assert sum(record["without_response"] for record in federation.progress.rounds) == 2 * 20
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_card_is_told_whether_a_client_has_rows_of_its_own(tmp_path, monkeypatch, own):
+    told = []
+    monkeypatch.setattr("runs.record.write_card", lambda *arguments: told.append(arguments[-1]))
+    config = small("num_rounds=1")
+    run_locally(config, tmp_path, Clients(config, own_data=own))
+    assert told == [own]
