@@ -1,7 +1,8 @@
 """python main.py [KEY=VALUE ...]: federated fine-tuning, simulated on this machine or on a Ray cluster.
 
 Composes the settings, checks them, runs the simulation and says where the results are. Exit codes: 0
-the run is complete, 1 it failed, 2 a setting has to be changed, 130 or 143 Ctrl-C or SIGTERM stopped it.
+the run is complete, 1 it failed, 2 a setting has to be changed; 130, 143 or 129: Ctrl-C, SIGTERM or
+SIGHUP stopped it.
 """
 
 import logging
