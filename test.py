@@ -110,17 +110,18 @@ def make_parser() -> Parser:
 
 def check_arguments(options: argparse.Namespace) -> None:
     """Raise SettingsError for arguments that do not go together, are out of range, or name no usable place."""
-    check_mode(options)
+    mode = check_mode(options)
     check_ranges(options)
     check_inputs(options)
-    check_options_of_mode(options)
+    check_options_of_mode(options, mode)
     if options.output:
         check_output(options)
     if options.merge:
         check_folder_to_write(options.merge)
 
 
-def check_mode(options: argparse.Namespace) -> None:
+def check_mode(options: argparse.Namespace) -> str:
+    """The one of MODES that is asked for."""
     chosen = [name for name in MODES if getattr(options, name) not in (None, False)]
     if len(chosen) != 1:
         raise SettingsError("use one of --question, --chat, --questions, --evaluate, --tasks and --merge")
@@ -132,6 +133,7 @@ def check_mode(options: argparse.Namespace) -> None:
         raise SettingsError("--questions FILE.jsonl and --output FILE.jsonl go together")
     if options.merge and options.quantization in ("4", "8"):
         raise SettingsError(f"--quantization={options.quantization}: --merge sums unquantized weights; leave it out")
+    return chosen[0]
 
 
 def check_ranges(options: argparse.Namespace) -> None:
@@ -145,9 +147,9 @@ def check_ranges(options: argparse.Namespace) -> None:
         raise SettingsError(f"--top-p={options.top_p}: use a number above 0 and at most 1")
 
 
-def check_options_of_mode(options: argparse.Namespace) -> None:
+def check_options_of_mode(options: argparse.Namespace, mode: str) -> None:
     """Raise SettingsError for an option that means nothing in this mode."""
-    parser, mode = make_parser(), next(name for name in MODES if getattr(options, name) not in (None, False))
+    parser = make_parser()
     for key, modes in ONLY_WITH.items():
         value = getattr(options, key)
         if mode not in modes and value != parser.get_default(key):

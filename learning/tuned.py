@@ -96,7 +96,8 @@ def read_lora(checkpoint: Path) -> LoraConfig:
             )
     try:
         lora = LoraConfig(**{key: value for key, value in saved.items() if key in known - {"runtime_config"}})
-        if not isinstance(lora.modules_to_save or [], list | set):
+        names = lora.modules_to_save or []
+        if not isinstance(names, list | set) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"modules_to_save={lora.modules_to_save} is no list of names")
         return lora
     except Exception as error:  # a field may hold anything
@@ -267,8 +268,6 @@ def rows_needed(
 
 def with_embeddings(lora: LoraConfig, shapes: Mapping[str, Any], embeddings: Sequence[str]) -> LoraConfig:
     """`lora` with saved embeddings as modules of the adapter, so that the base model's own stay beside them."""
-    if not all(isinstance(name, str) for name in lora.modules_to_save or []):
-        raise SettingsError(f"adapter_config.json has modules_to_save={lora.modules_to_save}; it is a list of names")
     listed = list(lora.modules_to_save or [])
     saved = [name for name in embeddings if f"{PREFIX}{name}.weight" in shapes]
     lora.modules_to_save = [*listed, *(name for name in saved if not name.endswith(tuple(listed)))] or None
