@@ -382,7 +382,7 @@ def starts_from_base(shapes: Iterable[str]) -> bool:
 
 
 def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
-    """The frozen base model: nf4 with double quantization, 8-bit, or bfloat16 weights; computes in bfloat16.
+    """The frozen base model: nf4 with double quantization, 8-bit, or unquantized weights; computes in `compute_dtype`.
 
     Args:
         device: `cuda` or `cpu`; by default CUDA where there is one.
@@ -393,7 +393,7 @@ def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
     base = load_cached(cfg, device) if cfg.cache_folder and cfg.quantization != "none" else load_fresh(cfg, device)
     for module in base.modules():
         if isinstance(module, Linear4bit):
-            module.compute_dtype = torch.bfloat16  # of a model that is stored in 4 bits it may be another
+            module.compute_dtype = compute_dtype(device)  # of a model that is stored in 4 bits it may be another
             # On a CPU with AVX512-BF16 an evaluation would repack 4-bit weights in place; the gradients of all
             # later training steps would then be wrong, without a word, and widths off a multiple of 64 crash.
             module.support_avx512bf16_for_cpu = False
@@ -406,14 +406,14 @@ def load_fresh(cfg: ModelConfig, device: str | None) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=compute_dtype(device),
         ),
         "8": BitsAndBytesConfig(load_in_8bit=True),
         "none": None,
     }[cfg.quantization]
     if quantization is None or stored_bits(cfg.name, read_config(cfg)):  # None would overrule what is stored
-        return load_weights(cfg, torch.bfloat16, device)
-    return load_weights(cfg, torch.bfloat16, device, quantization_config=quantization)
+        return load_weights(cfg, compute_dtype(device), device)
+    return load_weights(cfg, compute_dtype(device), device, quantization_config=quantization)
 
 
 def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str | None = None, **options: Any) -> Any:
@@ -455,11 +455,11 @@ def load_cached(cfg: ModelConfig, device: str | None) -> Any:
     The entry's name is made of everything that decides its content; each of its files has to have the SHA-256 that
     was noted when it was written. Processes may do this at the same time: the first whole entry stays.
     """
-    entry = Path(str(cfg.cache_folder)).expanduser() / cache_key(cfg)
+    entry = Path(str(cfg.cache_folder)).expanduser() / cache_key(cfg, device)
     if entry.is_dir() and not torn_files(entry):
         return AutoModelForCausalLM.from_pretrained(
             entry,
-            dtype=torch.bfloat16,
+            dtype=compute_dtype(device),
             device_map={"": device or default_device()},
             trust_remote_code=cfg.trust_remote_code,
         )
@@ -480,19 +480,29 @@ def load_cached(cfg: ModelConfig, device: str | None) -> Any:
     return base
 
 
-def cache_key(cfg: ModelConfig) -> str:
-    """A name for a quantized model: which weights, how quantized, by which library."""
+def cache_key(cfg: ModelConfig, device: str | None = None) -> str:
+    """A name for a quantized model: which weights, how quantized, by which library, and how the rest is kept."""
     folder = base_folder(cfg, weights=True)
     weights: list[Any] = [cfg.name, folder.name]  # the Hub's folders are named by their commits
     if local_path(cfg.name):  # these can change in place
         weights = sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in folder.iterdir())
         weights.append(str(folder))
-    facts = [weights, cfg.quantization, bitsandbytes.__version__, transformers.__version__]
+    facts = [weights, cfg.quantization, str(compute_dtype(device)), bitsandbytes.__version__, transformers.__version__]
     return f"{Path(cfg.name).name}-{cfg.quantization}bit-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_dtype(device: str | None = None) -> torch.dtype:
+    """What a base model computes in: bfloat16, or float32 on a CPU without bfloat16 instructions, which are emulated.
+
+    Args:
+        device: as for `load_base`.
+    """
+    native = (device or default_device()) == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 def check_device(use_dora: bool, quantization: str, device: str) -> None:
@@ -515,7 +525,7 @@ def add_adapter(base: Any, cfg: ModelConfig) -> PeftModel:
 
 
 def fit_saved_modules(model: PeftModel) -> PeftModel:
-    """Let whole modules that an adapter trains (`modules_to_save`), which are float32, work among bfloat16 layers."""
+    """Let whole modules that an adapter trains (`modules_to_save`), which are float32, work among others."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             kind = next(module.original_module.parameters()).dtype

@@ -12,7 +12,7 @@ from exchange.transfer import payload_bytes
 from settings.schema import RunConfig
 from utils import bytes_text
 
-BYTES_PER_WEIGHT = {"4": 0.516, "8": 1.0, "none": 2.0}  # nf4 with double quantization: 4.127 bits a weight
+BYTES_PER_WEIGHT = {"4": 0.516, "8": 1.0}  # nf4 with double quantization: 4.127 bits a weight
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ def memory_bytes(size: Sizes, config: RunConfig) -> float:
     one layer that is recomputed; a tile of logits. Within 15% of FACTS' floors for OpenLLaMA.
     """
     tokens = min(config.train.micro_batch_size, config.batch_size) * config.train.seq_length
-    weights = size.linear * BYTES_PER_WEIGHT[config.model.quantization] + 2 * size.other
-    layer = tokens * 2 * (12 * size.hidden + 8 * size.intermediate)
+    wide = adapters.compute_dtype().itemsize
+    weights = size.linear * BYTES_PER_WEIGHT.get(config.model.quantization, wide) + wide * size.other
+    layer = tokens * wide * (12 * size.hidden + 8 * size.intermediate)
     checkpointed = config.train.training_arguments.get("gradient_checkpointing", False)
-    kept = size.layers * tokens * 2 * size.hidden if checkpointed else size.layers * layer / 2
+    kept = size.layers * tokens * wide * size.hidden if checkpointed else size.layers * layer / 2
     return weights + 16 * size.adapter + kept + layer + 0.25e9 * min(1.0, size.vocabulary / 32000)
 
 

@@ -127,10 +127,11 @@ def test_batch_answers_equal_single_ones(answerer, run_folder, tmp_path):
     questions = answering.read_questions(write_questions(tmp_path / "q.jsonl", 24))
     files = [f"--questions={tmp_path / 'q.jsonl'}", f"--output={tmp_path / 'a.jsonl'}"]
     chosen = options(run_folder, *files, "--batch-size=7")
+    kind = answerer.model.dtype
     answerer.model.float()  # so that only padding could make a difference, not bfloat16 rounding
     answering.answer_all(answerer, chosen, questions)
     single = [answerer.text(answerer.generate([answerer.prompt([dataset.as_message(row)])])[0]) for row in questions]
-    answerer.model.to(torch.bfloat16)
+    answerer.model.to(kind)
     assert [line["answer"] for line in read_json_lines(tmp_path / "a.jsonl")] == single
 
 

@@ -56,8 +56,8 @@ def make_adapter(folder: Path, base_folder: Path, *, new=(), rows=None, pickled=
     return folder
 
 
-def by_hand(folder: Path, base_folder: Path, rows: int | None = None, dtype=torch.bfloat16):
-    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
+def by_hand(folder: Path, base_folder: Path, rows: int | None = None, dtype=None):
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype or adapters.compute_dtype())
     if rows:
         base.resize_token_embeddings(rows)
     return PeftModel.from_pretrained(base, folder).eval()
@@ -123,7 +123,7 @@ CASES = [
 def test_logits_are_those_of_plain_peft_loading(base, case, bases, saved_adapter):
     folder, rows = saved_adapter(base, case), SAVED[case][1]
     answerer = answering.Answerer(folder, options(folder))
-    known = AutoModelForCausalLM.from_pretrained(bases[base], dtype=torch.bfloat16).eval()
+    known = AutoModelForCausalLM.from_pretrained(bases[base], dtype=adapters.compute_dtype()).eval()
     last = len(answerer.tokenizer) - 1
     found = logits(answerer.model, last)
     assert torch.equal(found, logits(by_hand(folder, bases[base], rows), last))

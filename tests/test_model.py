@@ -97,13 +97,22 @@ def test_adapter_that_goes_in_comes_out():
     assert all(np.array_equal(back[name], adapter[name]) for name in adapter)
 
 
-def test_quantized_base_is_nf4_with_double_quantization_and_bfloat16_compute():
+def test_quantized_base_is_nf4_with_double_quantization():
     base = adapters.load_base(quickstart("4"), "cpu")
     weight = base.model.layers[0].self_attn.q_proj.weight
     assert weight.quant_state.quant_type == "nf4"
     assert weight.quant_state.nested
-    assert base.model.layers[0].self_attn.q_proj.compute_dtype == torch.bfloat16
+    assert base.model.layers[0].self_attn.q_proj.compute_dtype == adapters.compute_dtype()
     assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_processors_without_bfloat16_compute_in_float32(monkeypatch):
+    for native, kind in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda native=native: native)
+        assert (adapters.compute_dtype("cpu"), adapters.compute_dtype("cuda")) == (kind, torch.bfloat16)
+        base = adapters.load_base(quickstart("4"), "cpu")
+        assert base.model.layers[0].self_attn.q_proj.compute_dtype == base.dtype == kind
+        assert adapters.load_base(quickstart("none"), "cpu").dtype == kind
 
 
 def weights_digest(model) -> str:
@@ -118,7 +127,8 @@ def weights_digest(model) -> str:
 @pytest.mark.parametrize("size", OPEN_LLAMA)
 @pytest.mark.parametrize("quantization", ["4", "8"])
 @pytest.mark.parametrize("micro", [16, 4])
-def test_memory_estimate_is_near_the_computed_floors(size, quantization, micro):
+def test_memory_estimate_is_near_the_computed_floors(size, quantization, micro, monkeypatch):
+    monkeypatch.setattr(adapters, "compute_dtype", lambda: torch.bfloat16)  # as on a GPU
     floors = {("7b", "8"): (12.2, 9.0), ("7b", "4"): (9.0, 5.9), ("3b", "8"): (7.4, 5.2), ("3b", "4"): (5.9, 3.6)}
     config = compose([f"model.quantization={quantization}", f"train.micro_batch_size={micro}"])
     base = LlamaConfig(vocab_size=32000, **OPEN_LLAMA[size][0])
@@ -290,7 +300,8 @@ def test_base_that_cannot_be_built_is_answered_in_one_line():
 
 
 @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
-def test_whole_modules_are_trained_in_float32_among_bfloat16_layers(saved):
+def test_whole_modules_are_trained_in_float32_among_bfloat16_layers(saved, monkeypatch):
+    monkeypatch.setattr(adapters, "compute_dtype", lambda device: torch.bfloat16)
     cfg = quickstart("4", f"+model.lora.modules_to_save=[{saved}]")
     model = adapters.add_adapter(adapters.load_base(cfg, "cpu"), cfg)
     kinds = {p.dtype for name, p in model.named_parameters() if p.requires_grad and saved in name}
