@@ -1,6 +1,5 @@
 """Small pure helpers that several modules share: paths, schedule, seeds, files, metrics."""
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import filesize
 
 DIGESTS_FILE, CARD_FILE, PLOT_FILE = "sha256.json", "README.md", "train_loss.png"
 FOR_PEOPLE = (CARD_FILE, PLOT_FILE)  # files of a checkpoint that nothing loads: their owner may change them
@@ -90,16 +90,11 @@ def send_nothing_home() -> None:
 
 def log_to_file(path: Path) -> None:
     """Let this process log to `path` (once), and only there: what libraries print is for the log, not the user."""
-    root = logging.getLogger()
-    if not path.parent.is_dir() or any(
-        getattr(handler, "baseFilename", None) == str(path) for handler in root.handlers
-    ):
-        return
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s][%(process)d] - %(message)s"))
-    root.handlers = [handler]
-    root.setLevel(logging.INFO)
-    quiet_libraries()
+    files = [getattr(handler, "baseFilename", "") for handler in logging.getLogger().handlers]
+    if path.parent.is_dir() and str(path) not in files:
+        form = "[%(asctime)s][%(name)s][%(levelname)s][%(process)d] - %(message)s"
+        logging.basicConfig(filename=path, format=form, level=logging.INFO, force=True)
+        quiet_libraries()
 
 
 def quiet_libraries() -> None:
@@ -139,8 +134,7 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one line to a JSONL file, on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -215,11 +209,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def totals_so_far(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What results.json says of a run, as far as the lines of metrics.jsonl tell; nothing without lines."""
+    """What results.json says of a run, as far as the lines of metrics.jsonl tell; nothing without lines.
+
+    `bytes_per_point` are those that lowered the held-out loss by 1.0 (nat).
+    """
     if not metrics:
         return {}
-    losses, held_out = [line["train_loss"] for line in metrics], held_out_losses(metrics)
-    return {
+    losses, held_out = [float(line["train_loss"]) for line in metrics], held_out_losses(metrics)
+    totals = {
         "rounds": len(metrics),
         "final_train_loss": losses[-1],
         "best_train_loss": min(losses),
@@ -227,22 +224,25 @@ def totals_so_far(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "bytes_up": sum(line.get("bytes_up", 0) for line in metrics),
         "seconds": sum(line.get("seconds", {}).get("wall", 0.0) for line in metrics),
         "peak_memory_bytes": max(line.get("peak_memory_bytes", 0) for line in metrics),
-    } | (totals_of_held_out(metrics, held_out) if held_out else {})
-
-
-def totals_of_held_out(metrics: Sequence[Mapping[str, Any]], losses: Mapping[int, float]) -> dict[str, Any]:
-    """What results.json says of held-out rows; `bytes_per_point` are those that lowered the loss by 1.0 (nat)."""
-    last, best = max(losses), best_round(metrics) or max(losses)
-    sent = sum(line.get("bytes_down", 0) + line.get("bytes_up", 0) for line in metrics if line["round"] <= last)
-    gained = losses.get(0, 0.0) - losses[last]
-    return {
-        "held_out_loss_before": losses.get(0),
-        "held_out_loss": losses[last],
-        "held_out_round": last,
-        "best_held_out_loss": losses[best],
-        "best_round": best,
-        "bytes_per_point": sent / gained if gained > 0 else None,
     }
+    if held_out:
+        last, best = max(held_out), best_round(metrics) or max(held_out)
+        sent = sum(bytes_sent(line) for line in metrics if line["round"] <= last)
+        gained = held_out.get(0, 0.0) - held_out[last]
+        totals |= {
+            "held_out_loss_before": held_out.get(0),
+            "held_out_loss": held_out[last],
+            "held_out_round": last,
+            "best_held_out_loss": held_out[best],
+            "best_round": best,
+            "bytes_per_point": sent / gained if gained > 0 else None,
+        }
+    return totals
+
+
+def bytes_sent(found: Mapping[str, Any]) -> int:
+    """Down and up, by a line of metrics.jsonl or by results.json."""
+    return int(found.get("bytes_down", 0) + found.get("bytes_up", 0))
 
 
 def objective(summary: Mapping[str, Any]) -> float:
@@ -252,14 +252,12 @@ def objective(summary: Mapping[str, Any]) -> float:
 
 def held_out_losses(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Held-out loss by round, 0 for before the first: of `dataset.eval_name` if that was measured, else of clients."""
-    found = {0: metrics[0].get("held_out_before")} if metrics else {}
-    found |= {line["round"]: line.get("held_out") for line in metrics}
-    losses: dict[str, dict[int, float]] = {"global": {}, "clients": {}}
-    for kind, of_kind in losses.items():
-        for number, measured in found.items():
-            with contextlib.suppress(KeyError, TypeError, ValueError):  # not measured, or no file of ours
-                of_kind[number] = float(measured[kind]["loss"])  # type: ignore[index]
-    return losses["global"] or losses["clients"]
+    measured = [(0, line.get("held_out_before", {})) for line in metrics[:1]]
+    measured += [(line["round"], line.get("held_out", {})) for line in metrics]
+    for kind in ("global", "clients"):
+        if losses := {number: float(scores[kind]["loss"]) for number, scores in measured if scores.get(kind)}:
+            return losses
+    return {}
 
 
 def best_round(metrics: Sequence[Mapping[str, Any]]) -> int | None:
@@ -275,16 +273,12 @@ def peak_resident_bytes() -> int:
 
 def bytes_text(count: float) -> str:
     """A byte count for people: 67.1 MB. Decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    return filesize.decimal(int(count))
 
 
 def seconds_text(seconds: float) -> str:
     """A duration for people: 1h 02m, 3m 20s or 12.3s."""
     if seconds < 60:
         return f"{seconds:.1f}s"
-    minutes = int(seconds) // 60
-    return f"{minutes // 60}h {minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m {int(seconds) % 60:02d}s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"

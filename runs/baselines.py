@@ -4,20 +4,22 @@ A sweep over `baseline=null,alone,central` writes baselines.md, baselines.csv an
 `python main.py experiment=baselines`. `settings.schema.as_baseline` says what the runs of a baseline do.
 """
 
-import csv
+import math
 import re
-import statistics
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+
+import pandas as pd
 
 from runs.plots import plot_baselines
-from runs.reading import COMPLETE, Run, cell, differing, label
+from runs.reading import COMPLETE, Run, differing, label, markdown
 
 ARMS = {"base": "base model", "alone": "each client alone", "null": "federated", "central": "central"}
 FIGURES = {"loss": "held-out loss", "exact_match": "exact match", "rouge_l": "ROUGE-L"}
+# what does not tell one comparison from another: the arms, their repetitions, and how they were measured
+UNRELATED = re.compile(r"baseline$|seed$|evaluate\.|strategy\.fraction_evaluate$|hydra\.")
+COLUMNS = ["settings", "arm", "metric", "value", "steps", "rows"]
 
 
 def report(runs: Sequence[Run], output: Path) -> str:
@@ -25,103 +27,65 @@ def report(runs: Sequence[Run], output: Path) -> str:
 
     A line for whatever differs besides the seed; values are means over seeds with their standard deviations.
     """
-    table = {setting: arms for setting, arms in measured(runs).items() if len(arms.keys() - {"base"}) > 1}
-    if not table:
+    found = measured(runs)
+    if found.empty:
         return ""
-    rows = [line for setting, arms in table.items() for line in lines_of(setting, arms)]
-    with (output / "baselines.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(
-            [["settings", "metric", "arm", "mean", "deviation", "seeds", "steps", "rows"], *rows]
-        )
-    header = ["", "", *ARMS.values(), "federated / central"]
-    lines = [header, ["---"] * len(header)]
-    for setting, arms in table.items():
-        for key, name in FIGURES.items():
-            if any(run.get(key) is not None for found in arms.values() for run in found):
-                lines.append([setting, name, *(text_of(values(arms, arm, key)) for arm in ARMS), ratio(arms, key)])
-    text = "".join(f"| {' | '.join(map(cell, line))} |\n" for line in lines) + "\n" + footnote(table)
+    groups = found.groupby(["settings", "arm", "metric"], observed=True)
+    seeds, values = groups.size(), groups["value"]
+    deviation = values.std(skipna=False).where(seeds > 1, 0.0)
+    table = pd.DataFrame({"mean": values.mean(skipna=False), "deviation": deviation, "seeds": seeds})
+    table = table.join(groups[["steps", "rows"]].agg(lambda counts: " ".join(map(str, sorted(set(counts))))))
+    table.swaplevel("arm", "metric").to_csv(output / "baselines.csv")
+    text = f"{for_people(table)}\n{footnote(found)}"
     (output / "baselines.md").write_text(text, encoding="utf-8")
-    losses = {
-        setting: {ARMS[arm]: values(arms, arm, "loss") for arm in ARMS if arm in arms}
-        for setting, arms in table.items()
-    }
-    plot_baselines(losses, output / "baselines.png")
+    plot_baselines(found[found["metric"] == "loss"], output / "baselines.png")
     return text
 
 
-# what does not tell one comparison from another: the arms, their repetitions, and how they were measured
-UNRELATED = re.compile(r"baseline$|seed$|evaluate\.|strategy\.fraction_evaluate$|hydra\.")
-Measured = dict[str, dict[str, list[dict[str, Any]]]]  # by settings and arm: what each seed's run found
-
-
-def measured(runs: Sequence[Run]) -> Measured:
-    table: Measured = defaultdict(lambda: defaultdict(list))
+def measured(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row for each figure of each complete run, where at least two arms have the same settings."""
     keys = [key for key in differing(runs) if not UNRELATED.match(key)]
-    for run in runs:
-        last = run.metrics[-1] if run.metrics else {}
-        if run.status != COMPLETE or "global" not in last.get("held_out", {}):
-            continue
-        arm, setting = run.settings.get("baseline", "null"), label(run, keys) or "all"
-        models = run.results["clients_used"] if arm == "alone" else 1
-        effort = {
-            "steps": Fraction(run.results["optimizer_steps"], models),
-            "rows": Fraction(run.results["rows_trained"], models),
-        }
-        table[setting][arm].append(figures_of(last["held_out"]["global"]) | effort)
-        if arm == "null" and "global" in run.metrics[0].get("held_out_before", {}):
-            table[setting]["base"].append(figures_of(run.metrics[0]["held_out_before"]["global"]))
-    return table
+    found = pd.DataFrame([row for run in runs for row in figures_of(run, keys)], columns=COLUMNS)
+    arms = found[found["arm"] != ARMS["base"]].groupby("settings")["arm"].nunique()
+    found = found[found["settings"].isin(arms[arms > 1].index)]
+    orders = {"settings": found["settings"].unique(), "arm": list(ARMS.values()), "metric": list(FIGURES)}
+    return found.assign(**{column: pd.Categorical(found[column], order) for column, order in orders.items()})
 
 
-def figures_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: found[key] for key in FIGURES if key in found}
+def figures_of(run: Run, keys: Sequence[str]) -> Iterator[tuple]:
+    """The rows of one run, as `COLUMNS` names their values; a federation's first round measured the base model."""
+    last, arm = run.metrics[-1] if run.metrics else {}, run.settings.get("baseline", "null")
+    if run.status != COMPLETE or arm not in ARMS or "global" not in last.get("held_out", {}):
+        return
+    models = run.results["clients_used"] if arm == "alone" else 1
+    effort = (Fraction(run.results["optimizer_steps"], models), Fraction(run.results["rows_trained"], models))
+    scores = [(arm, last["held_out"]["global"], effort)]
+    if arm == "null" and "global" in run.metrics[0].get("held_out_before", {}):
+        scores.append(("base", run.metrics[0]["held_out_before"]["global"], (Fraction(0), Fraction(0))))
+    for name, score, trained in scores:
+        for metric in (metric for metric in FIGURES if metric in score):
+            yield label(run, keys) or "all", ARMS[name], metric, score[metric], *trained
 
 
-def values(arms: Mapping[str, Sequence[Mapping[str, Any]]], arm: str, key: str) -> list[float]:
-    return [run[key] for run in arms.get(arm, ()) if key in run]
+def for_people(table: pd.DataFrame) -> str:
+    """A line for each setting and metric, a column for each arm: mean and, of several seeds, standard deviation."""
+    facts = zip(table["mean"], table["deviation"], table["seeds"], strict=True)
+    texts = [f"{mean:.3f} ± {deviation:.3f}" if seeds > 1 else f"{mean:.3f}" for mean, deviation, seeds in facts]
+    wide = table.assign(text=texts).unstack("arm")
+    shown = wide["text"].reindex(columns=ARMS.values()).fillna("")
+    means = wide["mean"].reindex(columns=ARMS.values())
+    ratios = means["federated"] / means["central"]
+    shown["federated / central"] = [f"{ratio:.2f}" if math.isfinite(ratio) else "" for ratio in ratios]
+    rows = ([setting, FIGURES[metric], *texts] for (setting, metric), *texts in shown.itertuples())
+    return markdown(["", "", *shown.columns], rows)
 
 
-def spread(numbers: Sequence[float]) -> float:
-    return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-
-
-def text_of(numbers: Sequence[float]) -> str:
-    if not numbers:
-        return ""
-    return f"{statistics.mean(numbers):.3f}" + (f" ± {spread(numbers):.3f}" if len(numbers) > 1 else "")
-
-
-def ratio(arms: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> str:
-    federated, central = values(arms, "null", key), values(arms, "central", key)
-    if not federated or not central or not statistics.mean(central):
-        return ""
-    return f"{statistics.mean(federated) / statistics.mean(central):.2f}"
-
-
-def lines_of(setting: str, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[Any]]:
-    lines = []
-    for arm in ARMS:
-        steps, rows = ({run.get(key, 0) for run in arms.get(arm, ())} for key in ("steps", "rows"))
-        for key in FIGURES:
-            if numbers := values(arms, arm, key):
-                effort = [" ".join(map(str, sorted(counts))) for counts in (steps, rows)]
-                lines.append(
-                    [setting, key, ARMS[arm], statistics.mean(numbers), spread(numbers), len(numbers), *effort]
-                )
-    return lines
-
-
-def footnote(table: Measured) -> str:
+def footnote(found: pd.DataFrame) -> str:
     """How much each model was trained; a warning if that is not the same for all."""
-    efforts = {
-        (run["steps"], run["rows"])
-        for arms in table.values()
-        for found in arms.values()
-        for run in found
-        if "steps" in run
-    }
+    trained = found[found["arm"] != ARMS["base"]]
+    efforts = sorted(set(zip(trained["steps"], trained["rows"], strict=True)))
     if len(efforts) == 1:
-        steps, rows = efforts.pop()
+        steps, rows = efforts[0]
         return f"Each model was trained for {steps} optimizer steps on {rows} rows, repetitions counted.\n"
-    listed = ", ".join(f"{steps} and {rows}" for steps, rows in sorted(efforts))
+    listed = ", ".join(f"{steps} and {rows}" for steps, rows in efforts)
     return f"Warning: the models were not trained equally: steps and rows of {listed}.\n"

@@ -5,21 +5,21 @@ ends: `SweepReport` is Hydra's callback for that, set in conf/config.yaml.
 """
 
 import argparse
-import csv
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from runs import baselines
-from runs.plots import plot_comparison
-from runs.reading import COMPLETE, Run, cell, differing, find_runs, label, read_text, run_folders
+from runs.reading import COMPLETE, Run, differing, find_runs, label, markdown, read_text, run_folders
 from utils import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DRY_RUN = re.compile(r"\+{0,2}dry_run=(true|yes|on|1)", re.IGNORECASE)
 NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column -> (key of results.json, how people read it)
@@ -35,23 +35,20 @@ NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column -> (key of re
 
 def report(runs: Sequence[Run], output: Path) -> list[str]:
     """Write sweep.csv, sweep.md, train_loss.png and, of baselines, their table into `output`; returns the names."""
-    keys, names = differing(runs), names_of([run.folder for run in runs])
+    from runs import baselines  # with pandas, which main.py should not wait for
+    from runs.plots import plot_comparison
+
+    keys, names, written = differing(runs), names_of(runs), ["sweep.csv", "sweep.md"]
     output.mkdir(parents=True, exist_ok=True)
-    header = ["run", *keys, *NUMBERS, "status", "error"]
-    with (output / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = ([name, *row(run, keys, plain=True)] for name, run in zip(names, runs, strict=True))
-        csv.writer(file).writerows([header, *rows])
-    lines = [header, ["---"] * len(header)]
-    lines += [[name, *row(run, keys, plain=False)] for name, run in zip(names, runs, strict=True)]
-    table = "".join(f"| {' | '.join(map(cell, line))} |\n" for line in lines)
-    (output / "sweep.md").write_text(table, encoding="utf-8")
+    table_of(runs, names, keys, plain=True).to_csv(output / "sweep.csv", index=False)
+    table = table_of(runs, names, keys, plain=False)
+    (output / "sweep.md").write_text(markdown(table.columns, table.to_numpy()), encoding="utf-8")
     labels = [label(run, keys) for run in runs]
     curves = [
         (text if text and labels.count(text) == 1 else f"{name} {text}".strip(), run.metrics)
         for name, text, run in zip(names, labels, runs, strict=True)
         if run.metrics
     ]
-    written = ["sweep.csv", "sweep.md"]
     if curves:
         plot_comparison(curves, output / "train_loss.png")
         written.append("train_loss.png")
@@ -60,22 +57,25 @@ def report(runs: Sequence[Run], output: Path) -> list[str]:
     return written
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of their paths as tells them apart."""
-    whole = [folder.resolve() for folder in folders]
-    if len({path.name for path in whole}) == len(whole):
-        return [path.name for path in whole]
-    common = Path(os.path.commonpath(whole))
-    return [str(path.relative_to(common)) for path in whole]
+def table_of(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str], *, plain: bool) -> "pd.DataFrame":
+    """A row a run: what differs, its numbers, plain or as people read them, and what became of it."""
+    import pandas as pd
+
+    columns = {"run": names} | {key: [run.settings.get(key, "") for run in runs] for key in keys}
+    for name, (key, text) in NUMBERS.items():
+        values = [run.results.get(key) for run in runs]
+        columns[name] = ["" if value is None else str(value) if plain else text(value) for value in values]
+    columns |= {"status": [run.status for run in runs], "error": [" ".join(run.error.split()) for run in runs]}
+    return pd.DataFrame(columns)
 
 
-def row(run: Run, keys: Sequence[str], *, plain: bool) -> list[str]:
-    """A line of the table behind the run's name: plain numbers, or as people read them."""
-    numbers = []
-    for key, text in NUMBERS.values():
-        value = run.results.get(key)
-        numbers.append("" if value is None else str(value) if plain else text(value))
-    return [*(run.settings.get(key, "") for key in keys), *numbers, run.status, " ".join(run.error.split())]
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The names of the runs' folders, with as much of their paths as tells them apart."""
+    folders = [run.folder.resolve() for run in runs]
+    if len({folder.name for folder in folders}) == len(folders):
+        return [folder.name for folder in folders]
+    common = Path(os.path.commonpath(folders))
+    return [str(folder.relative_to(common)) for folder in folders]
 
 
 class SweepReport(Callback):
@@ -97,11 +97,6 @@ class SweepReport(Callback):
         SweepReport.failed = done < len(runs)
 
 
-def is_job(folder: Path) -> bool:
-    """Whether a run belongs to a sweep: there a job that failed has its line too."""
-    return (folder.parent / "multirun.yaml").exists()
-
-
 def show(folder: Path, written: Sequence[str], *names: str) -> None:
     """Print those of the files `names` in `folder` that were just `written`."""
     for name in names:
@@ -114,12 +109,16 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("."), help="where to write; default: here")
     options = parser.parse_args()
     for folder in options.folders:
-        if not any(True for _ in run_folders(folder)):
+        if not any(run_folders(folder)):
             print(f"error: {folder}: no run folder there", file=sys.stderr)
             return 2
     try:
         found = find_runs(options.folders)
-        runs = [run for run in found if run.metrics or run.folder in options.folders or is_job(run.folder)]
+        runs = [
+            run
+            for run in found  # a job of a sweep has its line even if it failed before a round
+            if run.metrics or run.folder in options.folders or (run.folder.parent / "multirun.yaml").exists()
+        ]
         written = report(runs, options.output)
     except OSError as error:
         print(f"error: --output={options.output}: cannot be written ({error.strerror})", file=sys.stderr)

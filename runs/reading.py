@@ -1,20 +1,18 @@
-"""What run folders say of their runs, whatever became of them, and in which settings the runs differ."""
+"""What run folders say of their runs, whatever became of them; in which settings these differ; their tables."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
 from runs.runfolder import ERROR_FILE, METRICS_FILE, RESULTS_FILE
 from settings.resume import RESUME, SETTINGS_FILE
-from utils import read_json_lines, totals_so_far
+from utils import bytes_sent, read_json_lines, shortened, totals_so_far
 
 COMPLETE, FAILED, INTERRUPTED = "complete", "failed", "interrupted"
 
@@ -34,14 +32,15 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """The run in `folder`, whatever became of it; what cannot be read is taken for missing."""
-    metrics, facts = read_lines(folder / METRICS_FILE), read_object(folder / RESULTS_FILE)
+    metrics, facts = read_lines(folder / METRICS_FILE), parsed(folder / RESULTS_FILE, json.loads, dict)
     said = read_text(folder / ERROR_FILE).strip()
     status = COMPLETE if facts else FAILED if said else INTERRUPTED
-    noted = read_object(folder / SETTINGS_FILE).get("overrides")
+    overrides = parsed(folder / SETTINGS_FILE, json.loads, dict).get("overrides")
+    if not isinstance(overrides, list):
+        overrides = parsed(folder / ".hydra" / "overrides.yaml", safe_load, list)
     facts = facts or totals_so_far(metrics)
     if "bytes_up" in facts:
-        facts["bytes"] = facts["bytes_up"] + facts["bytes_down"]
-    overrides = noted if isinstance(noted, list) else hydras_overrides(folder / ".hydra" / "overrides.yaml")
+        facts["bytes"] = bytes_sent(facts)
     return Run(folder, status, said, facts, metrics, as_settings(overrides))
 
 
@@ -52,27 +51,23 @@ def read_text(file: Path) -> str:
         return ""
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    with suppress(ValueError):
-        content = json.loads(read_text(file))
-        return content if isinstance(content, dict) else {}
-    return {}
+def parsed(file: Path, parse: Callable[[str], Any], kind: type) -> Any:
+    """What a file holds, if that can be read and is of this kind; else an empty one."""
+    with suppress(ValueError, YAMLError):
+        if isinstance(content := parse(read_text(file)), kind):
+            return content
+    return kind()
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl."""
+    """The whole lines of a metrics.jsonl, without those that are of something else."""
+    lines = []
     with suppress(OSError):
-        return [
-            line for line in read_json_lines(file) if isinstance(line, dict) and {"round", "train_loss"} <= set(line)
-        ]
-    return []
-
-
-def hydras_overrides(file: Path) -> list[str]:
-    try:
-        return list(OmegaConf.load(file))  # type: ignore[arg-type]
-    except (OSError, YAMLError, OmegaConfBaseException, TypeError):
-        return []
+        for line in read_json_lines(file):
+            with suppress(AttributeError, KeyError, TypeError, ValueError):
+                totals_so_far([line])
+                lines.append(line)
+    return lines
 
 
 def as_settings(overrides: Sequence[str]) -> dict[str, str]:
@@ -105,14 +100,13 @@ def label(run: Run, keys: Sequence[str]) -> str:
     """What tells this run from the others: `quantization=4, seed=1`; empty if nothing does."""
     last = [re.split(r"[./]", key)[-1] for key in keys]
     names = {key: key if last.count(end) > 1 else end for key, end in zip(keys, last, strict=True)}
-    return ", ".join(f"{names[key]}={one_line(run.settings[key], 40)}" for key in keys if key in run.settings)
+    return ", ".join(f"{names[key]}={shortened(run.settings[key], 40)}" for key in keys if key in run.settings)
 
 
-def one_line(text: str, width: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else f"{text[: width - 3]}..."
-
-
-def cell(text: str) -> str:
-    """`text` inside a Markdown table."""
-    return one_line(text, 160).replace("\\", "\\\\").replace("|", "\\|")
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]], special: str = r"\|") -> str:
+    """A table for people. A backslash is put before each of the `special` characters of its cells."""
+    escapes = {ord(letter): f"\\{letter}" for letter in special}
+    names = list(header)
+    lines = [names, ["---"] * len(names), *rows]
+    cells = [[shortened(text, 160).translate(escapes) for text in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)

@@ -134,6 +134,14 @@ def test_unequal_effort_is_told_and_what_differs_gets_its_own_lines(sweep):
     assert "Warning: the models were not trained equally: steps and rows of 5 and 40, 6 and 48." in text
 
 
+def test_loss_that_is_no_number_is_told_and_left_out_of_no_mean(sweep):
+    arm(sweep, 6, "null", 2, float("nan"), 0.6, before=2.0)
+    text = baselines.report(find_runs([sweep]), sweep)
+    assert "| all | held-out loss | 2.000 ± 0.000 | 1.100 ± 0.141 | nan ± nan | 0.200 ± 0.000 |  |" in text
+    assert "| all | exact match | 0.000 ± 0.000 | 0.200 ± 0.141 | 0.600 ± 0.100 | 0.600 ± 0.000 | 1.00 |" in text
+    assert (sweep / "baselines.png").exists()
+
+
 def test_baseline_needs_a_rate_above_the_lowest():
     with pytest.raises(SettingsError, match="train.baseline_learning_rate_max=1e-05: use at least"):
         small("baseline=central", "train.baseline_learning_rate_max=1e-5")

@@ -55,6 +55,11 @@ def test_broken_folders_get_a_row_and_hide_no_other(folders, tmp_path):
         ("5", ".hydra/overrides.yaml", b"[: {"),
         ("6", "error.txt", b"\xff broken"),
         ("7", "settings.json", b"[]"),
+        (
+            "9",
+            "metrics.jsonl",
+            b'[]\n{"round": 1, "train_loss": 2.5, "held_out": 3}\n{"round": 1, "train_loss": null}\n',
+        ),
     ):
         (folders / name / ".hydra").mkdir(parents=True)
         (folders / name / file).write_bytes(content)
@@ -62,8 +67,10 @@ def test_broken_folders_get_a_row_and_hide_no_other(folders, tmp_path):
     runs = reading.find_runs([folders])
     compare.report(runs, tmp_path)
     rows = {row["run"]: row for row in read_table(tmp_path)}
-    assert list(rows) == ["0", "2", "3", "4", "5", "6", "7", "8", "10"]
+    assert list(rows) == ["0", "2", "3", "4", "5", "6", "7", "8", "9", "10"]
     assert (rows["4"]["final loss"], rows["4"]["rounds"]) == ("2.5", "1")
+    assert (rows["9"]["final loss"], rows["9"]["status"]) == ("", "interrupted")
+    assert (rows["8"]["final loss"], rows["8"]["best loss"]) == ("nan", "nan")
     assert rows["6"]["status"] == "failed"
     lines = (tmp_path / "sweep.md").read_text().splitlines()
     assert len(lines) == 2 + len(rows)
@@ -270,6 +277,12 @@ def test_dry_runs_of_a_sweep_are_no_failures(written, tmp_path):
     compare.SweepReport().on_multirun_end(settings)
     assert not compare.SweepReport.failed
     assert not (tmp_path / "sweep.md").exists()
+
+
+def test_command_line_waits_for_no_library_of_tables_and_pictures():
+    code = "import main, sys; print([name for name in ('runs.compare', 'pandas', 'matplotlib') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=SUITE, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['runs.compare']"
 
 
 def test_comparison_shows_what_it_wrote_and_leaves_out_what_never_ran(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import utils
@@ -22,8 +23,24 @@ def test_smoothing_has_no_start_up_bias_and_follows_the_values():
     assert plots.smoothed([1.0, 4.0, 2.0]) == [1.0, 4.0, 2.0]  # a short run is drawn as it is
 
 
+@pytest.mark.parametrize(("count", "weight"), [(1, None), (10, None), (11, None), (100, None), (40, 0.3), (40, 0.99)])
+def test_smoothing_is_the_average_with_weights_that_fall_by_a_factor_a_round(count, weight):
+    values = np.random.default_rng(count).uniform(0, 5, count)
+    past = max(0.0, 1 - 10 / count) if weight is None else weight
+    expected = []
+    for end in range(1, count + 1):
+        weights = past ** np.arange(end - 1, -1, -1.0)  # 1 for the last value, which alone counts if `past` is 0
+        expected.append(np.average(values[:end], weights=weights))
+    np.testing.assert_allclose(plots.smoothed(list(values), weight), expected, rtol=1e-12)
+
+
+def test_smoothing_hides_no_loss_that_is_no_number():
+    assert np.isnan(plots.smoothed([2.0, float("nan"), 1.0], weight=0.5)).tolist() == [False, True, False]
+    assert np.isnan(plots.smoothed([2.0, 1.0, float("nan")])[-1])
+
+
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (67_108_864, "67.1 MB"), (2e12, "2.0 TB")]
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1e3, "1.0 kB"), (67_108_864, "67.1 MB"), (2e12, "2.0 TB")]
 )
 def test_bytes_are_written_in_decimal_units(count, text):
     assert utils.bytes_text(count) == text
