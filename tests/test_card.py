@@ -1,8 +1,11 @@
 """The model card: what the Hub reads, what people read, and nothing of this machine."""
 
+import io
 import json
+import zipfile
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 from huggingface_hub import ModelCard
 
 import model as adapters
@@ -121,6 +124,11 @@ def test_code_of_the_card_runs(quantization, tmp_path, monkeypatch, capsys):
     code = code.replace('open("', f'open("{tmp_path / "peft_1"}/').replace("QUESTION", "Work out the sum. 1 and 2")
     exec(compile(code, "card", "exec"), {})  # noqa: S102
     assert "Work out the sum. 1 and 2" in capsys.readouterr().out
+
+
+def test_bundle_for_flower_holds_the_text_of_the_card():
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(SUITE_FOLDER))) as bundle:
+        assert bundle.read("runs/card.md") == (SUITE_FOLDER / "runs/card.md").read_bytes()
 
 
 def test_card_may_be_edited_and_the_checkpoint_stays_whole(tmp_path):
