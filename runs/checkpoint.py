@@ -198,6 +198,14 @@ def strategy_state(strategy: Strategy) -> StrategyState:
     return values, arrays
 
 
+RESTORED: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {  # what a kind was, from its parts
+    "ArrayRecord": lambda parts: ArrayRecord({name: Array(array) for name, array in parts.items()}),
+    "dict": dict,
+    "list": lambda parts: [parts[str(position)] for position in range(len(parts))],
+    "ndarray": lambda parts: parts[""],
+}  # any other is a number of numpy's
+
+
 def restore_strategy(strategy: Strategy, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Put what `strategy_state` returned into a strategy that was made with the same arguments.
 
@@ -216,14 +224,5 @@ def restore_strategy(strategy: Strategy, values: Mapping[str, Any], arrays: Mapp
                 f"resume: {key} of {type(strategy).__name__} is nothing that a checkpoint can keep, so the run can "
                 "not be resumed as if it had not been interrupted"
             )
-        if kind == "value":
-            restored = kept["value"]
-        elif kind == "ArrayRecord":
-            restored = ArrayRecord({part: Array(array) for part, array in parts.items()})
-        elif kind == "dict":
-            restored = parts
-        elif kind == "list":
-            restored = [parts[str(position)] for position in range(len(parts))]
-        else:
-            restored = parts[""] if kind == "ndarray" else parts[""][()]  # or a number of numpy's
+        restored = kept["value"] if kind == "value" else RESTORED.get(kind, lambda parts: parts[""][()])(parts)
         setattr(owner, name, restored)

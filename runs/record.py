@@ -23,6 +23,7 @@ from utils import (
     PLOT_FILE,
     append_json_line,
     best_round,
+    bytes_sent,
     file_sha256,
     read_json_lines,
     totals_so_far,
@@ -73,8 +74,8 @@ class Record:
             )
         self.state = state or self.state
         self.saved, self.metrics = self.state.round_number, metrics[: self.state.round_number]
-        most, sent = self.config.sampling.max_bytes, totals_so_far(self.metrics)
-        if most is not None and sent and (spent := sent["bytes_down"] + sent["bytes_up"]) > most:
+        most, spent = self.config.sampling.max_bytes, sum(map(bytes_sent, self.metrics))
+        if most is not None and spent > most:
             raise SettingsError(f"strategy.max_bytes={most:.10g}: this run has sent {spent} bytes already; use more")
         with self._writing():
             for number in rounds_in(self.folder):
@@ -112,8 +113,6 @@ class Record:
 
     def keep_last_round(self) -> None:
         """When the run ends early: keep the last whole round, unless it is on disk; a failure is a warning."""
-        if self.saved == self.state.round_number:
-            return
         try:
             with stopping.held():
                 self._save_checkpoint()
@@ -127,8 +126,7 @@ class Record:
             facts: more for results.json.
             waited_s: seconds until the first round.
         """
-        if self.saved != self.state.round_number:
-            self._save_checkpoint()
+        self._save_checkpoint()
         folder = folder_of(self.folder, self.state.round_number)
         summary = summary_of(self.metrics, self.state, self.config.batch_size) | {
             "seconds": round(self.state.elapsed_s + waited_s, 3),
@@ -143,17 +141,18 @@ class Record:
         return summary
 
     def _save_checkpoint(self) -> None:
-        """Write `peft_<round>/`, and remove the oldest beyond `train.keep_checkpoints`."""
+        """Write `peft_<round>/`, unless it is on disk, and remove the oldest beyond `train.keep_checkpoints`."""
+        if self.saved == self.state.round_number:
+            return
         facts = {"quantization": self.config.model.quantization}
-
-        def card(folder: Path) -> None:
-            write_card(folder, self.config, self.lora, self.metrics, self.own_data)
-
         with self._writing():
-            checkpoint.save(self.folder, self.state, self.lora, self.template, facts, card)
+            checkpoint.save(self.folder, self.state, self.lora, self.template, facts, self._write_card)
             self.saved = self.state.round_number
             checkpoint.prune(self.folder, self.config.train.keep_checkpoints, self.best, self._spare)
             checkpoint.point_to(self.folder, self.best)
+
+    def _write_card(self, folder: Path) -> None:
+        write_card(folder, self.config, self.lora, self.metrics, self.own_data)
 
     def _write_metrics(self) -> None:
         write_whole(self.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.metrics))
