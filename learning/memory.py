@@ -33,16 +33,14 @@ class Sizes:
 
 
 def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
-    parameters, text = (
-        dict(adapters.empty_model(base, config.model).named_parameters()),
-        base.get_text_config(),
-    )
+    empty, text = adapters.empty_model(base, config.model), base.get_text_config()
+    parameters = dict(empty.named_parameters())
     linear = sum(
         weight.numel()
         for name, weight in parameters.items()
         if weight.dim() == 2 and "embed" not in name and "lm_head" not in name
     )
-    _, shapes = adapters.adapter_plan(config.model, base)
+    shapes = adapters.adapter_shapes(empty, adapters.lora_config(config.model, empty))
     return Sizes(
         linear=linear,
         other=sum(weight.numel() for weight in parameters.values()) - linear,
@@ -84,16 +82,13 @@ def advice(config: RunConfig) -> str:
     size = sizes(adapters.read_config(config.model, offline=True), config)
     train, now = config.train, memory_bytes(size, config)
     checkpointing = {**train.training_arguments, "gradient_checkpointing": True}
-    less = {
-        "model.quantization=4": replace(config, model=replace(config.model, quantization="4")),
-        "train.training_arguments.gradient_checkpointing=true": replace(
-            config, train=replace(train, training_arguments=checkpointing)
-        ),
-        "train.micro_batch_size=1": replace(config, train=replace(train, micro_batch_size=1)),
-        f"train.seq_length={train.seq_length // 2}": replace(
-            config, train=replace(train, seq_length=train.seq_length // 2)
-        ),
+    in_training = {
+        "train.training_arguments.gradient_checkpointing=true": replace(train, training_arguments=checkpointing),
+        "train.micro_batch_size=1": replace(train, micro_batch_size=1),
+        f"train.seq_length={train.seq_length // 2}": replace(train, seq_length=train.seq_length // 2),
     }
+    less = {setting: replace(config, train=changed) for setting, changed in in_training.items()}
+    less["model.quantization=4"] = replace(config, model=replace(config.model, quantization="4"))
     saved = {setting: now - memory_bytes(size, changed) for setting, changed in less.items()}
     if 0 < config.client_resources.num_gpus < 1:
         saved["client_resources.num_gpus=1"] = (1 / config.client_resources.num_gpus - 1) * now

@@ -35,15 +35,10 @@ MANAGED_ARGUMENTS = {
     "remove_unused_columns": "rows come tokenized",
     "chat_template_path": "set dataset.template",
     "resume_from_checkpoint": "runs are not resumed by the trainer",
-    "deepspeed": "a worker trains on one device",
-    "fsdp": "a worker trains on one device",
-    "fsdp_config": "a worker trains on one device",
-    "accelerator_config": "a worker trains on one device",
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "accelerator_config"), "a worker trains on one device"),
     "model_init_kwargs": "set model.*",
     "dataset_kwargs": "rows come tokenized",
-    "push_to_hub": "upload a checkpoint yourself: hf upload",
-    "hub_model_id": "upload a checkpoint yourself: hf upload",
-    "hub_token": "upload a checkpoint yourself: hf upload",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"), "upload a checkpoint yourself: hf upload"),
     "num_train_epochs": "set train.training_arguments.max_steps and num_rounds",
 }
 
