@@ -9,186 +9,76 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from runs.runfolder import find_checkpoint
 from settings.schema import RunError, SettingsError
 from utils import DIGESTS_FILE, quiet_transformers, send_nothing_home
 
 MODES = ("question", "chat", "questions", "evaluate", "tasks", "merge")
-ONLY_WITH = {  # options that belong to some modes alone
-    "input": ("question",),
-    "compare": ("question", "evaluate", "tasks"),
-    "output": ("questions", "evaluate", "tasks"),
-    "split": ("evaluate",),
-    "category_column": ("evaluate",),
-    "answers": ("evaluate",),
-    "seq_length": ("evaluate",),
-    "limit": ("tasks",),
-    "num_fewshot": ("tasks",),
-    "include_path": ("tasks",),
-    "confirm_run_unsafe_code": ("tasks",),
-    "merge_dtype": ("merge",),
-}
-RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0, 10),
-    "max_new_tokens": (1, 10**6),
-    "batch_size": (1, 10**4),
-    "answers": (0, 10**6),
-    "seq_length": (16, 10**6),
-    "limit": (1, 10**9),
-    "num_fewshot": (0, 100),
-    "seed": (0, 2**32 - 1),  # what numpy takes
-}
 LEAST_TEMPERATURE = 0.001  # logits divided by much less are no numbers any more
+OPTION_OF = {  # what a setting is called here
+    "model.name": "--base",
+    "model.quantization": "--quantization",
+    "model.trust_remote_code=true": "--trust-remote-code",
+    "dataset.name": "--evaluate",
+    "dataset.split": "--split",
+    "dataset.template": "--template",
+}
 
 
-class Parser(argparse.ArgumentParser):
-    """Answers what it cannot read with SettingsError, so that every wrong argument gets one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message.removeprefix('argument ')}; `python test.py --help` lists all arguments")
+# --- what an option may be: each says what is wrong with a value, or None ------------------------
 
 
-def as_path(text: str) -> Path:
-    return Path(os.path.expanduser(text))  # noqa: PTH111  Path's own raises for the home of nobody
+def filled(value: str) -> str | None:
+    return None if value.strip() else "is empty; give it a value"
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, by default those of the command line. Raises SettingsError for one that cannot be read."""
-    return make_parser().parse_args(arguments)
+def between(low: int, high: int) -> Callable[[float], str | None]:
+    return lambda value: None if low <= value <= high else f"use a number from {low} to {high}"  # NaN is in no range
 
 
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--peft-path", required=True, help="run folder, checkpoint, or PEFT adapter folder")
-    add("--question", help="ask this and print the answer")
-    add("--input", default="", help="further context of the question (Alpaca's input field)")
-    add("--chat", action="store_true", help="a conversation; Ctrl-D ends it")
-    add(
-        "--questions",
-        type=as_path,
-        metavar="FILE.jsonl",
-        help='many questions: lines with "question", or "instruction"',
-    )
-    add("--evaluate", metavar="DATA", help="measure it on these rows: a file, folder or Hub id, as dataset.name")
-    add("--tasks", help="measure it on these tasks of EleutherAI's lm_eval, separated by commas")
-    add("--output", type=as_path, metavar="FILE", help="of answers (JSON lines, continued) or measurements (JSON)")
-    add("--merge", type=as_path, metavar="DIR", help="write base model and adapter as one plain model")
-    add("--merge-dtype", default="float32", choices=["float32", "bfloat16"], help="of the merged weights")
-    add("--compare", action="store_true", help="also what the base model alone answers or reaches")
-    add("--base", help="name or folder of the base model; by default the one that the adapter notes")
-    add("--quantization", choices=["4", "8", "none"], help="of the base model; by default as it was trained")
-    add(
-        "--trust-remote-code", action="store_true", help="run Python code that the base model's repository brings along"
-    )
-    add("--template", help="alpaca, vicuna_v1.1 or a Jinja file; by default the one saved with the adapter")
-    add("--temperature", type=float, default=0.7, help="0 is greedy")
-    add("--top-p", type=float, default=0.9)
-    add("--max-new-tokens", type=int, default=256)
-    add("--batch-size", type=int, default=16, help="of everything but --question and --chat")
-    add("--split", default="test", help="of --evaluate, on the Hub")
-    add("--category-column", default="category", help="of --evaluate: also measured by its values")
-    add(
-        "--answers",
-        type=int,
-        default=200,
-        help="rows of --evaluate also answered, for exact match and ROUGE-L",
-    )
-    add("--seq-length", type=int, default=512, help="longest row of --evaluate, in tokens")
-    add("--limit", type=int, help="questions of each of --tasks; by default all")
-    add("--num-fewshot", type=int, help="examples before each question of --tasks; by default the task's own number")
-    add("--include-path", type=as_path, metavar="DIR", help="further --tasks, as lm_eval's YAML files")
-    add("--confirm-run-unsafe-code", action="store_true", help="let --tasks run code that the model wrote")
-    add("--seed", type=int, default=0)
-    return parser
+def temperature(value: float) -> str | None:
+    if 0 < value < LEAST_TEMPERATURE:
+        return f"use 0 (greedy), or at least {LEAST_TEMPERATURE}"
+    return between(0, 10)(value)
 
 
-def check_arguments(options: argparse.Namespace) -> None:
-    """Raise SettingsError for arguments that do not go together, are out of range, or name no usable place."""
-    mode = check_mode(options)
-    check_ranges(options)
-    check_inputs(options)
-    check_options_of_mode(options, mode)
-    if options.output:
-        check_output(options)
-    if options.merge:
-        check_folder_to_write(options.merge)
+def share(value: float) -> str | None:
+    return None if 0 < value <= 1 else "use a number above 0 and at most 1"
 
 
-def check_mode(options: argparse.Namespace) -> str:
-    """The one of MODES that is asked for."""
-    chosen = [name for name in MODES if getattr(options, name) not in (None, False)]
-    if len(chosen) != 1:
-        raise SettingsError("use one of --question, --chat, --questions, --evaluate, --tasks and --merge")
-    for key in ("peft_path", "base", "question", "evaluate", "tasks", "template", "split"):
-        value = getattr(options, key)
-        if value is not None and not value.strip():
-            raise SettingsError(f"--{key.replace('_', '-')} is empty: give it a value")
-    if options.questions and not options.output:
-        raise SettingsError("--questions FILE.jsonl and --output FILE.jsonl go together")
-    if options.merge and options.quantization in ("4", "8"):
-        raise SettingsError(f"--quantization={options.quantization}: --merge sums unquantized weights; leave it out")
-    return chosen[0]
+def file_to_read(path: Path) -> str | None:
+    if os.path.isdir(path):
+        return "is a folder; name a file of JSON lines"
+    return None if os.path.exists(path) else "there is no such file"
 
 
-def check_ranges(options: argparse.Namespace) -> None:
-    for name, (low, high) in RANGES.items():
-        value = getattr(options, name)
-        if value is not None and not low <= value <= high:  # not a number is in no range
-            raise SettingsError(f"--{name.replace('_', '-')}={value}: use a number from {low} to {high}")
-    if 0 < options.temperature < LEAST_TEMPERATURE:
-        raise SettingsError(f"--temperature={options.temperature}: use 0 (greedy), or at least {LEAST_TEMPERATURE}")
-    if not 0 < options.top_p <= 1:
-        raise SettingsError(f"--top-p={options.top_p}: use a number above 0 and at most 1")
+def folder_to_read(path: Path) -> str | None:
+    if os.path.isdir(path):
+        return None
+    return "is a file; name the folder" if os.path.exists(path) else "there is no such folder"
 
 
-def check_options_of_mode(options: argparse.Namespace, mode: str) -> None:
-    """Raise SettingsError for an option that means nothing in this mode."""
-    parser = make_parser()
-    for key, modes in ONLY_WITH.items():
-        value = getattr(options, key)
-        if mode not in modes and value != parser.get_default(key):
-            shown = "" if value is True else f"={value}"
-            allowed = " or ".join(filter(None, [", ".join(f"--{name}" for name in modes[:-1]), f"--{modes[-1]}"]))
-            raise SettingsError(f"--{key.replace('_', '-')}{shown}: goes with {allowed}; leave it out")
-
-
-def check_inputs(options: argparse.Namespace) -> None:
-    """What is read: text that can become tokens, a file of questions, a folder of tasks."""
-    for key in ("question", "input"):
-        try:
-            (getattr(options, key) or "").encode()
-        except UnicodeEncodeError as error:
-            raise SettingsError(f"--{key}: is not UTF-8 text ({error.reason}); set the terminal to UTF-8") from error
-    if options.questions and os.path.isdir(options.questions):
-        raise SettingsError(f"--questions={options.questions}: is a folder; name a file of JSON lines")
-    if options.questions and not os.path.exists(options.questions):
-        raise SettingsError(f"--questions={options.questions}: there is no such file")
-    if options.include_path and not os.path.isdir(options.include_path):
-        found = "is a file; name the folder" if os.path.exists(options.include_path) else "there is no such folder"
-        raise SettingsError(f"--include-path={options.include_path}: {found}")
-
-
-def check_output(options: argparse.Namespace) -> None:
-    """--output can be written, and is not the data that it would replace."""
-    path, folder = options.output, options.output.parent
-    if not os.path.isdir(folder):
-        raise SettingsError(f"--output={path}: there is no folder {folder}; create it, or choose another file")
-    if not os.path.exists(path):
-        return check_can_write(path, is_new=True)
-    if not os.path.isfile(path):
-        raise SettingsError(f"--output={path}: is no ordinary file; name one that may be written")
-    if path.name in own_files(folder):
-        raise SettingsError(f"--output={path}: is one of the adapter's own files; choose another name")
-    read = [data for data in (options.questions, options.evaluate) if data and os.path.exists(data)]
-    if any(os.path.samefile(place, data) for place in (path, folder) for data in read):
-        raise SettingsError(f"--output={path}: is the data itself, which would be overwritten; choose another file")
-    return check_can_write(path, is_new=False)
+def file_to_write(path: Path) -> str | None:
+    """Opens the file as it will be opened; leaves none that was not there."""
+    is_new = not os.path.exists(path)
+    if not os.path.isdir(path.parent):
+        return f"there is no folder {path.parent}; create it, or choose another file"
+    if not is_new and not os.path.isfile(path):
+        return "is no ordinary file; name one that may be written"
+    if not is_new and path.name in own_files(path.parent):
+        return "is one of the adapter's own files; choose another name"
+    try:
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        return f"cannot be written ({error.strerror}); choose another file"
+    return None
 
 
 def own_files(folder: Path) -> set[str]:
@@ -198,56 +88,182 @@ def own_files(folder: Path) -> set[str]:
     return {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}
 
 
-def check_can_write(path: Path, is_new: bool) -> None:
-    """Open --output as it will be opened; leaves no file that was not there."""
-    try:
-        path.open("a").close()
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise SettingsError(f"--output={path}: cannot be written ({error.strerror}); choose another file") from error
-
-
-def check_folder_to_write(path: Path) -> None:
-    """--merge is a new or empty folder at a place that can be written."""
+def folder_to_write(path: Path) -> str | None:
+    """A new or empty folder, at a place that can be written."""
     there = next(place for place in (path, *path.parents, Path("/")) if os.path.exists(place))  # or where it would lie
     if not os.path.isdir(there):
-        raise SettingsError(f"--merge={path}: {there} is a file; choose a new folder")
+        return f"{there} is a file; choose a new folder"
     if not os.access(there, os.W_OK | os.X_OK):
-        raise SettingsError(f"--merge={path}: cannot be written in {there}; choose another folder")
-    if there == path and any(path.iterdir()):
-        raise SettingsError(f"--merge={path}: the folder is not empty; choose another")
+        return f"cannot be written in {there}; choose another folder"
+    return "the folder is not empty; choose another" if there == path and any(path.iterdir()) else None
+
+
+# --- the options ----------------------------------------------------------------------------------
+
+
+def as_path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111  Path's own raises for the home of nobody
+
+
+def as_text(text: str) -> str:
+    """What can become tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"is not UTF-8 text ({error.reason}); set the terminal to UTF-8") from error
+    return text
+
+
+FLAG = dict(action="store_true")
+OPTIONS: dict[tuple[str, ...], dict[str, tuple[Callable[[Any], str | None] | None, dict[str, Any]]]] = {
+    # by the modes in which they mean something: name, what finds faults of its values, and what argparse is told
+    MODES: {
+        "peft-path": (filled, dict(required=True, help="run folder, checkpoint, or PEFT adapter folder")),
+        "question": (filled, dict(type=as_text, help="ask this and print the answer")),
+        "chat": (None, FLAG | dict(help="a conversation; Ctrl-D ends it")),
+        "questions": (
+            file_to_read,
+            dict(type=as_path, metavar="FILE.jsonl", help='lines with "question" or "instruction"'),
+        ),
+        "evaluate": (filled, dict(metavar="DATA", help="measure it on rows: a file, folder or Hub id")),
+        "tasks": (filled, dict(help="measure it on tasks of EleutherAI's lm_eval, separated by commas")),
+        "merge": (folder_to_write, dict(type=as_path, metavar="DIR", help="write base model and adapter as one model")),
+        "base": (filled, dict(help="name or folder of the base model; by default the one that the adapter notes")),
+        "quantization": (None, dict(choices=["4", "8", "none"], help="of the base model; by default as trained")),
+        "trust-remote-code": (None, FLAG | dict(help="run code that the base model's repository brings along")),
+        "template": (filled, dict(help="alpaca, vicuna_v1.1, tokenizer or a Jinja file; by default the adapter's own")),
+    },
+    ("question", "evaluate", "tasks"): {
+        "compare": (None, FLAG | dict(help="also what the base model alone answers or reaches")),
+    },
+    ("questions", "evaluate", "tasks"): {
+        "output": (
+            file_to_write,
+            dict(type=as_path, metavar="FILE", help="of answers (continued), or of measurements"),
+        ),
+        "batch-size": (between(1, 10**4), dict(type=int, default=16)),
+    },
+    ("question", "chat", "questions"): {
+        "temperature": (temperature, dict(type=float, default=0.7, help="0 is greedy")),
+        "top-p": (share, dict(type=float, default=0.9)),
+        "seed": (between(0, 2**32 - 1), dict(type=int, default=0)),  # what numpy takes
+    },
+    ("question", "chat", "questions", "evaluate"): {
+        "max-new-tokens": (between(1, 10**6), dict(type=int, default=256)),
+    },
+    ("question",): {
+        "input": (None, dict(type=as_text, default="", help="further context (Alpaca's input field)")),
+    },
+    ("evaluate",): {
+        "split": (filled, dict(default="test", help="on the Hub")),
+        "category-column": (None, dict(default="category", help="also measured by its values")),
+        "answers": (between(0, 10**6), dict(type=int, default=200, help="rows answered, for exact match and ROUGE-L")),
+        "seq-length": (between(16, 10**6), dict(type=int, default=512, help="longest row, in tokens")),
+    },
+    ("tasks",): {
+        "limit": (between(1, 10**9), dict(type=int, help="questions of each; by default all")),
+        "num-fewshot": (between(0, 100), dict(type=int, help="examples before each question; by default the task's")),
+        "include-path": (folder_to_read, dict(type=as_path, metavar="DIR", help="further ones: lm_eval's YAML files")),
+        "confirm-run-unsafe-code": (None, FLAG | dict(help="let them run code that the model wrote")),
+    },
+    ("merge",): {
+        "merge-dtype": (None, dict(default="float32", choices=["float32", "bfloat16"])),
+    },
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers what it cannot read with SettingsError, so that every wrong argument gets one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message.removeprefix('argument ')}; `python test.py --help` lists all arguments")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, by default those of the command line.
+
+    Raises:
+        SettingsError: if they cannot be read, do not go together, are out of range, or name no usable place.
+    """
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for modes, options in OPTIONS.items():
+        group = parser.add_argument_group(f"with {listed(modes)}") if modes != MODES else parser
+        for name, (_, told) in options.items():
+            group.add_argument(f"--{name}", **told)
+    chosen = parser.parse_args(arguments)
+    mode = mode_of(chosen)
+    for modes, options in OPTIONS.items():
+        for name, (fault, _) in options.items():
+            key = name.replace("-", "_")
+            if (value := getattr(chosen, key)) != parser.get_default(key):
+                shown = f"--{name}" if value is True else f"--{name}={value}"
+                if found := fault and fault(value):
+                    raise SettingsError(f"{shown}: {found}")
+                if mode not in modes:
+                    raise SettingsError(f"{shown}: goes with {listed(modes)}; leave it out")
+    check_together(chosen)
+    return chosen
+
+
+def listed(modes: Sequence[str]) -> str:
+    *others, last = (f"--{mode}" for mode in modes)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def mode_of(options: argparse.Namespace) -> str:
+    """The one of MODES that is asked for."""
+    chosen = [mode for mode in MODES if getattr(options, mode) not in (None, False)]
+    if len(chosen) != 1:
+        raise SettingsError("use one of --question, --chat, --questions, --evaluate, --tasks and --merge")
+    if options.questions and not options.output:
+        raise SettingsError("--questions FILE.jsonl and --output FILE.jsonl go together")
+    return chosen[0]
+
+
+def check_together(options: argparse.Namespace) -> None:
+    """What is wrong with one option because of another."""
+    if options.merge and options.quantization in ("4", "8"):
+        raise SettingsError(f"--quantization={options.quantization}: --merge sums unquantized weights; leave it out")
+    if options.output and options.output.exists():
+        read = [data for data in (options.questions, options.evaluate) if data and os.path.exists(data)]
+        if any(os.path.samefile(place, data) for place in (options.output, options.output.parent) for data in read):
+            raise SettingsError(
+                f"--output={options.output}: is the data itself, which would be overwritten; choose another file"
+            )
+
+
+# --- what they ask for ----------------------------------------------------------------------------
 
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options of test.py ask for. Raises SettingsError for whatever they name that is not there."""
-    checkpoint = find_checkpoint(options.peft_path)
+    try:
+        start(find_checkpoint(options.peft_path), options)
+    except (SettingsError, RunError) as error:
+        words = str(error)
+        for setting, option in OPTION_OF.items():
+            words = words.replace(setting, option)
+        raise type(error)(words) from error
+
+
+def start(checkpoint: Path, options: argparse.Namespace) -> None:
     # the model libraries take seconds: what can be checked without them is checked first
-    from learning.answering import Answerer, answer_all, ask, chat, evaluate, kept_answers, merge, read_questions
+    from learning.answering import answer_all, ask, chat, evaluate, merge
 
     quiet_transformers()
     if options.tasks:
         from learning.harness import run_tasks  # of an optional package: it may be missing
-    questions = read_questions(options.questions) if options.questions else []
-    if options.merge:
-        return merge(checkpoint, options)
-    answerer = Answerer(checkpoint, options)
-    if options.evaluate:
-        return evaluate(answerer, options)
-    if options.tasks:
-        return run_tasks(answerer, options)
-    if options.questions:
-        return answer_all(answerer, options, questions, kept_answers(options.output, questions, answerer.made_by))
-    return chat(answerer) if options.chat else ask(answerer, options)
+
+        return run_tasks(checkpoint, options)
+    modes = {"question": ask, "chat": chat, "questions": answer_all, "evaluate": evaluate, "merge": merge}
+    return modes[mode_of(options)](checkpoint, options)
 
 
 def main() -> int:
     send_nothing_home()
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries say at import is not for the user
     try:
-        options = parse()
-        check_arguments(options)
-        run(options)
+        run(parse())
     except (SettingsError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1

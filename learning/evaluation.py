@@ -3,11 +3,11 @@
 Scores are sums over rows, so that those of categories and of clients add up: see `FIELDS`.
 """
 
-import itertools
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -121,12 +121,8 @@ def generate(
             eos_token_id=ends,
             **(greedy | options),
         )
-        found += [until(row, ends) for row in output[:, longest:].tolist()]
+        found += [list(takewhile(lambda token: token not in ends, row)) for row in output[:, longest:].tolist()]
     return found
-
-
-def until(ids: list[int], ends: Collection[int]) -> list[int]:
-    return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
 class Words:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ import model as adapters
 import test as cli
 from client import GLOBAL_SET, Worker, evaluate_adapter
 from exchange.scores import figures
-from learning import answering, harness, tuned
-from learning.evaluation import held_out, losses_on, score, until
+from learning import answering, tuned
+from learning.evaluation import generate, held_out, losses_on, score
 from runs.runfolder import find_checkpoint
 from settings.schema import SettingsError
 from tests.conftest import small
@@ -48,9 +49,8 @@ def run_folder(tmp_path_factory) -> Path:
 
 
 def options(run_folder, *extra: str):
-    parsed = cli.parse([f"--peft-path={run_folder}", "--temperature=0", "--max-new-tokens=24", *extra])
-    cli.check_arguments(parsed)
-    return parsed
+    asks = any(option.startswith(("--question", "--chat")) for option in extra)
+    return cli.parse([f"--peft-path={run_folder}", *(["--temperature=0", "--max-new-tokens=24"] * asks), *extra])
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,22 @@ def test_a_run_folder_means_its_last_checkpoint(run_folder):
 def test_base_model_is_loaded_as_it_was_trained_unless_told_otherwise(quantization, run_folder, tmp_path):
     checkpoint = tmp_path / "peft_1"
     checkpoint.mkdir()
-    (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "quickstart/model"}')
-    assert tuned.base_settings(checkpoint, None).quantization == "none"  # an adapter from elsewhere
+    saved = {"base_model_name_or_path": "quickstart/model"}
+    asked, told = options(checkpoint, "--question=x"), options(checkpoint, "--question=x", "--quantization=8")
+    assert tuned.base_settings(saved, checkpoint, asked).quantization == "none"  # an adapter from elsewhere
     (checkpoint / "state.json").write_text(json.dumps({"quantization": quantization}))
-    assert tuned.base_settings(checkpoint, None).quantization == quantization
-    assert tuned.base_settings(checkpoint, "8").quantization == "8"
+    assert tuned.base_settings(saved, checkpoint, asked).quantization == quantization
+    assert tuned.base_settings(saved, checkpoint, told).quantization == "8"
+
+
+def test_template_is_what_was_asked_for_else_the_adapters_else_the_tokenizers_else_alpacas(tmp_path):
+    own, none = SimpleNamespace(chat_template="{{ 'own' }}"), SimpleNamespace(chat_template=None)
+    assert tuned.choose_template(None, tmp_path, none) == ALPACA
+    assert tuned.choose_template(None, tmp_path, own) == own.chat_template
+    (tmp_path / "chat_template.jinja").write_text("{{ 'saved' }}")
+    assert tuned.choose_template(None, tmp_path, own) == "{{ 'saved' }}"
+    assert tuned.choose_template("tokenizer", tmp_path, own) == own.chat_template
+    assert tuned.choose_template("alpaca", tmp_path, own) == ALPACA
 
 
 def test_prompt_ids_equal_those_of_training_up_to_the_response(answerer):
@@ -91,12 +102,17 @@ def test_greedy_answer_equals_generate_on_the_same_ids(answerer):
             eos_token_id=answerer.tokenizer.eos_token_id,
             pad_token_id=answerer.tokenizer.eos_token_id,
         )[0, len(prompt) :].tolist()
-        assert answerer.generate([prompt]) == [until(direct, {answerer.tokenizer.eos_token_id})]
+        until = (direct + [answerer.tokenizer.eos_token_id]).index(answerer.tokenizer.eos_token_id)
+        assert generate(answerer.model, answerer.tokenizer, [prompt], 24) == [direct[:until]]
+        assert answerer.answers([prompt]) == [answerer.tokenizer.decode(direct, skip_special_tokens=True).strip()]
 
 
-def test_generation_stops_at_the_end_of_sequence_token(answerer):
-    assert until([5, 6, 2, 7], {2}) == [5, 6]
-    assert until([5, 6], {2}) == [5, 6]
+def test_generation_stops_at_the_end_of_sequence_token(answerer, monkeypatch):
+    end = answerer.tokenizer.eos_token_id
+    monkeypatch.setattr(
+        answerer.model, "generate", lambda input_ids, **_: torch.tensor([[1, 1, 5, 6, end, 7], [1, 1, 5, 6, 8, 9]])
+    )
+    assert generate(answerer.model, answerer.tokenizer, [[1], [1, 1]], 4) == [[5, 6], [5, 6, 8, 9]]
 
 
 def test_merged_model_equals_adapter_on_an_unquantized_base(run_folder, tmp_path):
@@ -123,15 +139,15 @@ def write_questions(path: Path, count: int) -> Path:
     return path
 
 
-def test_batch_answers_equal_single_ones(answerer, run_folder, tmp_path):
+def test_batch_answers_equal_single_ones(run_folder, tmp_path, monkeypatch):
+    # so that only padding could make a difference, not bfloat16 rounding
+    monkeypatch.setattr(adapters, "compute_dtype", lambda *_: torch.float32)
     questions = answering.read_questions(write_questions(tmp_path / "q.jsonl", 24))
     files = [f"--questions={tmp_path / 'q.jsonl'}", f"--output={tmp_path / 'a.jsonl'}"]
-    chosen = options(run_folder, *files, "--batch-size=7")
-    kind = answerer.model.dtype
-    answerer.model.float()  # so that only padding could make a difference, not bfloat16 rounding
-    answering.answer_all(answerer, chosen, questions)
-    single = [answerer.text(answerer.generate([answerer.prompt([dataset.as_message(row)])])[0]) for row in questions]
-    answerer.model.to(kind)
+    cli.run(options(run_folder, *files, "--batch-size=7"))
+    answerer = answering.Answerer(run_folder / "peft_10", options(run_folder, "--question=x"))
+    assert answerer.model.dtype == torch.float32
+    single = [answerer.answers([answerer.prompt([dataset.as_message(row)])])[0] for row in questions]
     assert [line["answer"] for line in read_json_lines(tmp_path / "a.jsonl")] == single
 
 
@@ -168,10 +184,16 @@ def test_answers_to_other_questions_are_never_continued(tmp_path):
     line = tmp_path / "a.jsonl"
     line.write_text(json.dumps(questions[0] | {"answer": "x\u2028y", "made_by": "m"}, ensure_ascii=False) + "\n")
     assert answering.kept_answers(line, questions, "m") == 1
+    with pytest.raises(SettingsError, match="it answers other questions"):
+        answering.kept_answers(line, [], "m")
     for other in ({"instruction": "a", "input": "2", "answer": "x", "made_by": "m"}, questions[0]):
         line.write_text(json.dumps(other) + "\n")
-        with pytest.raises(SettingsError, match="answers other questions"):
+        before = line.read_bytes()
+        with pytest.raises(
+            SettingsError, match=r"--output=.*a.jsonl: cannot be continued \(it answers other questions"
+        ):
             answering.kept_answers(line, questions, "m")
+        assert line.read_bytes() == before
 
 
 def test_answers_of_another_adapter_or_with_other_options_are_never_continued(run_folder, tmp_path):
@@ -186,7 +208,9 @@ def test_answers_of_another_adapter_or_with_other_options_are_never_continued(ru
     (tmp_path / "vicuna.jinja").write_text(dataset.find_template("vicuna_v1.1").read_text())
     changes = ["--seed=1", "--top-p=0.5", "--temperature=0.5", "--max-new-tokens=3", "--quantization=8"]
     for change in (*changes, "--template=vicuna_v1.1", f"--template={tmp_path / 'vicuna.jinja'}"):
-        with pytest.raises(SettingsError, match=r"--output=.*: exists, and another adapter .* choose another file"):
+        with pytest.raises(
+            SettingsError, match=r"--output=.*: cannot be continued \(another adapter .* choose another file"
+        ):
             cli.run(options(run_folder, *asked, change))
     with pytest.raises(SettingsError, match="another adapter"):
         cli.run(options(run_folder / "peft_2", *asked))
@@ -254,7 +278,7 @@ def test_conversation_prompt_holds_its_history(answerer):
 REFUSED = {
     "no such folder": (["--peft-path=/no/such", "--question=x"], "--peft-path=/no/such: no such folder; a run folder"),
     "no adapter": (["--peft-path={empty}", "--question=x"], "no adapter here; a run folder holds peft_<round>/"),
-    "empty question": (["--peft-path={run}", "--question= "], "--question is empty"),
+    "empty question": (["--peft-path={run}", "--question= "], "--question= : is empty"),
     "nothing to do": (["--peft-path={run}"], "use one of --question, --chat, --questions, --evaluate, --tasks and"),
     "two things": (["--peft-path={run}", "--question=x", "--chat"], "use one of"),
     "no output": (["--peft-path={run}", "--questions=q"], "go together"),
@@ -290,16 +314,18 @@ WRONG = {
     "--quantization=5": "--quantization: invalid choice: '5'",
     "--no-such": "unrecognized arguments: --no-such",
     "--question=\udcff": "--question: is not UTF-8 text",
-    "--template=": "--template is empty",
-    "--template={run}": "--template={run}: use alpaca, vicuna_v1.1, or the path of a Jinja file",
+    "--template=": "--template=: is empty",
+    "--template={run}": "--template={run}: use alpaca, vicuna_v1.1, tokenizer, or the path of a Jinja file",
+    "--template=tokenizer": "--template=tokenizer: this model's tokenizer has no chat template; use alpaca",
     "--template={broken_template}": "--template={broken_template}: makes no prompt",
-    "--template={binary}": "--template={binary}: cannot be read",
+    "--template={binary}": "--template={binary}: not a text file",
     "--include-path={file}": "--include-path={file}: is a file; name the folder",
     "--include-path={run}/no": "--include-path={run}/no: there is no such folder",
     "--output={run}/a": "--output={run}/a: goes with --questions, --evaluate or --tasks; leave it out",
     "--limit=3": "--limit=3: goes with --tasks; leave it out",
     "--merge-dtype=bfloat16": "--merge-dtype=bfloat16: goes with --merge; leave it out",
-    "--peft-path=": "--peft-path is empty",
+    "--batch-size=3": "--batch-size=3: goes with --questions, --evaluate or --tasks; leave it out",
+    "--peft-path=": "--peft-path=: is empty",
     "--peft-path={file}": "--peft-path={file}: is a file; name the folder in which the adapter lies",
     "--peft-path=~nobody/x": "--peft-path=~nobody/x: no such folder",
     "--peft-path={long}": "no such folder",
@@ -317,9 +343,16 @@ WRONG_PLACES = {
     "--questions={file} --output={empty}/{long}": "cannot be written (File name too long); choose another file",
     "--evaluate={rows} --output={rows}": "--output={rows}: is the data itself",
     "--evaluate={data} --output={rows}": "--output={rows}: is the data itself",
-    "--evaluate=": "--evaluate is empty",
+    "--evaluate=": "--evaluate=: is empty",
+    "--evaluate={rows} --temperature=0": "--temperature=0.0: goes with --question, --chat or --questions; leave it out",
     "--evaluate={empty}": "--evaluate={empty}: ",
-    "--tasks=": "--tasks is empty",
+    "--tasks=": "--tasks=: is empty",
+    "--tasks=x --max-new-tokens=9": "--max-new-tokens=9: goes with --question, --chat, --questions or --evaluate",
+    "--merge={empty}/m --temperature=0": "--temperature=0.0: goes with --question, --chat or --questions; leave it out",
+    "--merge={empty}/m --top-p=0.5": "--top-p=0.5: goes with --question, --chat or --questions; leave it out",
+    "--merge={empty}/m --seed=1": "--seed=1: goes with --question, --chat or --questions; leave it out",
+    "--merge={empty}/m --max-new-tokens=9": "--max-new-tokens=9: goes with --question, --chat, --questions or",
+    "--merge={empty}/m --batch-size=9": "--batch-size=9: goes with --questions, --evaluate or --tasks; leave it out",
     "--merge={file}": "--merge={file}: {file} is a file; choose a new folder",
     "--merge={file}/a/b": "--merge={file}/a/b: {file} is a file; choose a new folder",
     "--merge={run}": "--merge={run}: the folder is not empty; choose another",
@@ -402,7 +435,8 @@ def eval_file(tmp_path_factory) -> Path:
 
 
 def test_measurements_equal_those_of_the_clients(run_folder, eval_file, tmp_path, capsys):
-    cli.run(options(run_folder, f"--evaluate={eval_file}", "--compare", f"--output={tmp_path / 'out.json'}"))
+    asked = [f"--evaluate={eval_file}", "--compare", "--max-new-tokens=24", f"--output={tmp_path / 'out.json'}"]
+    cli.run(options(run_folder, *asked))
     found = json.loads((tmp_path / "out.json").read_text())
     worker = Worker(small(f"dataset.eval_name={eval_file}", "evaluate.answers=7", "evaluate.max_new_tokens=24"))
     adapted = figures(evaluate_adapter(worker, adapters.load_adapter(run_folder / "peft_10"), GLOBAL_SET))
@@ -463,12 +497,10 @@ def task_folder(eval_file) -> Path:
     return folder
 
 
-def test_lm_eval_gives_the_log_likelihoods_of_our_own_loss(run_folder, eval_file, task_folder, tmp_path):
+def test_lm_eval_gives_the_log_likelihoods_of_our_own_loss(answerer, run_folder, eval_file, task_folder, tmp_path):
     """Rows of different lengths, prompt and response with EOS; each row alone, so that bfloat16 rounds alike."""
     tasks = [f"--tasks={','.join(TASKS)}", f"--include-path={task_folder}", "--batch-size=1"]
-    asked = options(run_folder, *tasks, f"--output={tmp_path / 'out.json'}")
-    answerer = answering.Answerer(run_folder / "peft_10", asked)
-    harness.run_tasks(answerer, asked)
+    cli.run(options(run_folder, *tasks, f"--output={tmp_path / 'out.json'}"))
     found = json.loads((tmp_path / "out.json").read_text())["with the adapter"]
     rows = read_json_lines(eval_file)
     partition = dataset.tokenize_rows(rows, answerer.tokenizer, ALPACA, 512)

@@ -64,9 +64,8 @@ def by_hand(folder: Path, base_folder: Path, rows: int | None = None, dtype=None
 
 
 def options(folder: Path, *extra: str):
-    parsed = cli.parse([f"--peft-path={folder}", "--temperature=0", "--max-new-tokens=8", *(extra or ["--question=x"])])
-    cli.check_arguments(parsed)
-    return parsed
+    asked = [] if any(option.startswith("--merge") for option in extra) else ["--temperature=0", "--max-new-tokens=8"]
+    return cli.parse([f"--peft-path={folder}", *asked, *(extra or ["--question=x"])])
 
 
 def logits(model, last: int) -> torch.Tensor:
@@ -175,7 +174,8 @@ def test_prompts_are_made_with_the_adapters_own_tokenizer(saved_adapter, tmp_pat
 def named_base(folder: Path, name) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
-    return tuned.base_settings(folder, None).name
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    return tuned.base_settings(saved, folder, options(folder)).name
 
 
 def test_a_merged_model_keeps_settings_of_generation_that_transformers_would_write():
@@ -195,7 +195,7 @@ def test_another_base_can_be_named_and_a_checkpoint_with_more_files_is_whole(bas
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs")  # as in a copy from the Hub
     (folder / ".cache").mkdir()
     with pytest.raises(SettingsError, match="revision=v2; download that one, and name its folder with --base"):
-        tuned.find_tuned(find_checkpoint(str(folder)), options(folder))
+        cli.run(options(folder))
     named = options(folder, "--question=x", f"--base={bases['tied']}")
     found = tuned.find_tuned(find_checkpoint(str(folder)), named)
     assert found.cfg.name == str(bases["tied"])
@@ -214,7 +214,7 @@ def test_a_base_with_python_code_of_its_own_needs_trust(tmp_path):
     lora, shapes = adapters.adapter_plan(cfg, adapters.read_config(cfg))
     adapters.save_adapter(tmp_path / "adapter", adapters.initial_adapter(shapes, lora, 0), lora, TEMPLATE)
     with pytest.raises(SettingsError, match="brings Python code of its own.*set --trust-remote-code"):
-        tuned.find_tuned(tmp_path / "adapter", options(tmp_path / "adapter"))
+        cli.run(options(tmp_path / "adapter"))
     answerer = answering.Answerer(
         tmp_path / "adapter", options(tmp_path / "adapter", "--trust-remote-code", "--question=x")
     )
@@ -259,7 +259,7 @@ def edit(folder: Path, **changes) -> None:
 
 
 def ask(folder, monkeypatch, *extra: str) -> int:
-    arguments = [f"--peft-path={folder}", "--temperature=0", "--max-new-tokens=4", *(extra or ["--question=x"])]
+    arguments = [f"--peft-path={folder}", *(extra or ["--question=x", "--temperature=0", "--max-new-tokens=4"])]
     monkeypatch.setattr(sys, "argv", ["test.py", *arguments])
     return cli.main()
 
