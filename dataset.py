@@ -140,14 +140,14 @@ def read_hub(cfg: DatasetConfig) -> Dataset:
         SettingsError: if there is none of that name or split for this user, or it cannot be read.
         RunError: if the network fails, and the data set is not in the cache.
     """
-    key = f"dataset.name={cfg.name}"
-    builder = data_builder(key, cfg.name)
+    builder = data_builder(cfg.name)
     try:
         builder.download_and_prepare()
         with contextlib.suppress(OSError):
             os.utime(builder.cache_dir)  # processes that ask nobody take what was read last
     except Exception as error:  # readers raise what their parsers raise
-        raise SettingsError(f"{key}: cannot be read ({shortened(error.__cause__ or error, 300)})") from error
+        reason = shortened(error.__cause__ or error, 300)
+        raise SettingsError(f"dataset.name={cfg.name}: cannot be read ({reason})") from error
     try:
         rows = builder.as_dataset(cfg.split)
     except ValueError as error:

@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import functools
+import logging
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import httpx
 import huggingface_hub
@@ -18,10 +20,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, tqdm
+from huggingface_hub.utils import enable_progress_bars, tqdm
 
 from settings.schema import RunError, SettingsError
 from utils import shortened
+
+log = logging.getLogger(__name__)
 
 PROGRESS = "huggingface_hub.snapshot_download"  # the name of the bar that counts bytes
 LINE_S = 30.0  # between two lines about a download, where there is no terminal
@@ -29,20 +33,39 @@ ANSWER_S = 10.0  # how long the Hub may take to say what a repository holds
 UNREACHABLE = (httpx.TransportError, ConnectionError, TimeoutError)
 
 
-_asked: dict[tuple[str, str], Any] = {}  # by name and kind: what the Hub has said to this process
+class Repository(NamedTuple):
+    """What the Hub says of a repository, or why it says nothing; then the cache has to do."""
+
+    name: str
+    kind: str
+    """"model" or "dataset"."""
+    commit: str
+    """The newest."""
+    sizes: dict[str, int]
+    """Bytes of each of its files; none, and no commit, if the Hub says nothing."""
+    failure: RunError | OfflineModeIsEnabled | None
 
 
-def forget() -> None:
-    """Let the Hub be asked again for what this process already knows: a new run starts in it."""
-    _asked.clear()
+def ask(name: str, kind: str) -> Repository:
+    """What the Hub says of a repository. It is asked until it answers once in a process.
+
+    Raises:
+        SettingsError: if the Hub has no such repository for this user.
+    """
+    try:
+        return answered(name, kind)
+    except (RunError, OfflineModeIsEnabled) as failure:
+        if isinstance(failure, RunError):
+            log.warning("what the cache holds is used as it is: %s", failure)
+        return Repository(name, kind, "", {}, failure)
 
 
-def ask(key: str, name: str, kind: str) -> Any:
-    """What the Hub says of a repository: its commit, and its files with their sizes. It is asked once."""
-    with refused(key, name, kind):
-        if (name, kind) not in _asked:
-            _asked[name, kind] = HfApi().repo_info(name, repo_type=kind, timeout=ANSWER_S, files_metadata=True)
-        return _asked[name, kind]
+@functools.cache
+def answered(name: str, kind: str) -> Repository:
+    with refused(name, kind):
+        info = HfApi().repo_info(name, repo_type=kind, timeout=ANSWER_S, files_metadata=True)
+    sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
+    return Repository(name, kind, str(info.sha), sizes, None)
 
 
 def cached(name: str, kind: str, revision: str, files: list[str]) -> Path | None:
@@ -56,53 +79,39 @@ def cached(name: str, kind: str, revision: str, files: list[str]) -> Path | None
     return folder if all((folder / file).is_file() for file in files) else None  # its own check needs a listing
 
 
-def download(key: str, name: str, kind: str, info: Any, files: list[str]) -> Path:
-    """The folder of a repository in the cache, with `files`; those that are missing are downloaded, with progress.
+def download(repository: Repository, files: list[str], commit: str | None = None) -> Path:
+    """The folder of a `repository` in the cache, with `files`; those that are missing are downloaded, with progress.
 
     Args:
-        info: what `ask` was told.
+        commit: of an earlier download that this one adds to; by default the newest, which the cache then calls main.
+
+    Raises:
+        SettingsError, RunError: as `refused`.
+        OfflineModeIsEnabled: if some are missing, and HF_HUB_OFFLINE is set.
     """
-    there = cached(name, kind, "main", files)
-    if there and there.name == info.sha:
-        return there
-    with refused(key, name, kind):
-        missing = missing_bytes(info, name, kind, files)
-        bar: Any = type("Bar", (DownloadBar,), {"what": name, "bytes": missing, "shown": []})
-        with shown_progress():
-            try:
-                return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, tqdm_class=bar))
-            finally:
-                for shown in bar.shown:  # huggingface_hub leaves it on the terminal, and its cursor behind it
-                    shown.close()
-
-
-@contextlib.contextmanager
-def shown_progress() -> Iterator[None]:
-    """Show the progress of a download, whatever other bars are turned off; the user's environment decides."""
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS:
-        yield
-        return
-    enable_progress_bars(PROGRESS)
-    try:
-        yield
-    finally:
-        disable_progress_bars(PROGRESS)
-
-
-def missing_bytes(info: Any, name: str, kind: str, files: Collection[str]) -> int:
-    sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
-
-    def is_cached(file: str) -> bool:
-        return isinstance(try_to_load_from_cache(name, file, revision=info.sha, repo_type=kind), str)
-
-    return sum(sizes.get(file, 0) for file in files if not is_cached(file))
+    name, kind, newest, sizes, failure = repository
+    folder = cached(name, kind, commit or "main", files)
+    if folder and (failure or folder.name == (commit or newest)):
+        return folder
+    if failure:
+        raise failure
+    in_cache = functools.partial(try_to_load_from_cache, name, repo_type=kind, revision=commit or newest)
+    missing = sum(sizes.get(file, 0) for file in files if not isinstance(in_cache(file), str))
+    bar: Any = type("Bar", (DownloadBar,), {"what": name, "bytes": missing, "shown": []})
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # the user's environment decides, whatever other bars are turned off
+        enable_progress_bars(PROGRESS)
+    with refused(name, kind):
+        try:
+            return Path(snapshot_download(name, repo_type=kind, revision=commit, allow_patterns=files, tqdm_class=bar))
+        finally:
+            for shown in bar.shown:  # huggingface_hub leaves it on the terminal, and its cursor behind it
+                shown.close()
 
 
 class DownloadBar(tqdm):
     """Bytes, speed and time left of a download: one live line on a terminal, elsewhere a line every half minute."""
 
-    what, bytes = "", 0  # all that are missing, if the Hub told their sizes
-    added = 0  # what huggingface_hub adds up file by file
+    what, bytes = "", 0  # all that are missing: huggingface_hub's own total grows file by file
     shown: ClassVar[list[tqdm]] = []
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -113,13 +122,7 @@ class DownloadBar(tqdm):
         super().__init__(*arguments, **settings)
         self.shown.append(self)
 
-    @property
-    def total(self) -> int:
-        return self.bytes or self.added
-
-    @total.setter
-    def total(self, added: int | None) -> None:
-        self.added = added or 0
+    total = property(lambda self: self.bytes, lambda self, _: None)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if self.live:
@@ -130,47 +133,51 @@ class DownloadBar(tqdm):
 
 
 @contextlib.contextmanager
-def refused(key: str, name: str, kind: str) -> Iterator[None]:
+def refused(name: str, kind: str) -> Iterator[None]:
     """Turn whatever the Hub or the network answers into one line with its cause and what to do.
 
     Raises:
-        OfflineModeIsEnabled: as it comes, for the caller.
+        OfflineModeIsEnabled: for the caller, who knows what the cache has.
         SettingsError: if the Hub has no such repository for this user.
         RunError: if the network, or this machine's disk, fails.
     """
-    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
-    what = {"model": "model", "dataset": "data set"}[kind]
-    local = {"model": "folder", "dataset": "file or folder"}[kind]
     try:
         yield
-    except (OfflineModeIsEnabled, SettingsError, RunError):
-        raise
-    except GatedRepoError as error:
-        logged_in = "" if huggingface_hub.get_token() else ", then log in: hf auth login"
-        raise SettingsError(f"{key}: access is granted on request; ask for it at {page}{logged_in}") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise SettingsError(
-            f"{key}: there is no such local {local}, and no such {what} on the Hub; check the name, or log in with "
-            "`hf auth login` if it is private"
-        ) from error
     except Exception as error:
         causes = list(causes_of(error))
-        for cause in causes:
-            if isinstance(cause, OfflineModeIsEnabled):
-                raise cause from error
-            if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                raise RunError(
-                    f"{key}: {constants.HF_HUB_CACHE} cannot be written ({cause}); make room there, or set HF_HOME"
-                ) from error
-            status = getattr(getattr(cause, "response", None), "status_code", None)
-            if status in (401, 403):
-                raise SettingsError(f"{key}: the Hub refuses access ({status}); log in with `hf auth login`") from error
-            if isinstance(cause, UNREACHABLE) or (status is not None and status != 404):
-                raise RunError(
-                    f"{key}: the Hub at {constants.ENDPOINT} cannot be reached, or broke off "
-                    f"({shortened(cause, 200) or type(cause).__name__}); try again: files that are complete are kept"
-                ) from cause
-        raise SettingsError(f"{key}: cannot be loaded from the Hub ({shortened(causes[-1], 300)})") from error
+        known = next(filter(None, (explained(cause, name, kind) for cause in causes)), None)
+        other = f"{kind}.name={name}: cannot be loaded from the Hub ({shortened(causes[-1], 300)})"
+        raise (known or SettingsError(other)) from error
+
+
+def explained(cause: BaseException, name: str, kind: str) -> Exception | None:
+    """The line for one of the errors that led to a failure; None if another one says more."""
+    key = f"{kind}.name={name}"
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    match cause:
+        case OfflineModeIsEnabled():
+            return OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        case GatedRepoError():
+            page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+            logged_in = "" if huggingface_hub.get_token() else ", then log in: hf auth login"
+            return SettingsError(f"{key}: access is granted on request; ask for it at {page}{logged_in}")
+        case RepositoryNotFoundError() | HFValidationError():
+            what = {"model": "folder, and no such model", "dataset": "file or folder, and no such data set"}[kind]
+            return SettingsError(
+                f"{key}: there is no such local {what} on the Hub; check the name, or log in with `hf auth login` if "
+                "it is private"
+            )
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EACCES | errno.EROFS):
+            where = constants.HF_HUB_CACHE
+            return RunError(f"{key}: {where} cannot be written ({cause}); make room there, or set HF_HOME")
+        case _ if status in (401, 403):
+            return SettingsError(f"{key}: the Hub refuses access ({status}); log in with `hf auth login`")
+        case _ if isinstance(cause, UNREACHABLE) or status not in (None, 404):
+            return RunError(
+                f"{key}: the Hub at {constants.ENDPOINT} cannot be reached, or broke off "
+                f"({shortened(cause, 200) or type(cause).__name__}); try again: files that are complete are kept"
+            )
+    return None
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:

@@ -1,5 +1,6 @@
 """What the Hub really holds: the main command on the layouts of OpenLLaMA and Alpaca-GPT4, and what is refused how."""
 
+import errno
 import json
 import os
 import re
@@ -7,16 +8,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
+import httpx
 import pytest
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from dataset import load_rows
 from hub import access
 from hub import models as hub
+from settings.compose import compose
 from settings.schema import RunError, SettingsError
 from tests.hub.repositories import build
 from tests.hub.server import LocalHub
 from utils import SUITE_FOLDER, quiet_libraries, read_json_lines
 
+INDEX_FILE = "pytorch_model.bin.index.json"
 MODEL, ROWS = "openlm-research/open_llama_7b_v2", "vicgalle/alpaca-gpt4"
 SHORT = [
     "num_clients=4",
@@ -138,6 +146,15 @@ def test_model_is_downloaded_once_and_then_asked_for_with_one_request(local, mon
     assert hub.model_folder(MODEL, weights=True) == folder
 
 
+def test_processes_that_ask_nobody_read_the_commit_that_was_found(local, monkeypatch):
+    folder = hub.model_folder(MODEL, weights=True)
+    newest = folder.parent.parent / "refs/main"
+    newest.write_text("0" * 40)  # as if an older one had been read last
+    hub.forget()
+    assert hub.model_folder(MODEL, weights=True) == folder
+    assert newest.read_text() == folder.name
+
+
 def test_what_is_not_whole_in_the_cache_is_not_used(local, monkeypatch):
     folder = hub.model_folder(MODEL, weights=False)
     assert not list(folder.glob("*.bin"))
@@ -174,6 +191,72 @@ def test_download_that_breaks_for_good_ends_in_one_line_and_goes_on_the_next_tim
     assert len(list(hub.model_folder(MODEL, weights=True).glob("pytorch_model-*.bin"))) == 2
 
 
+def answers(status: int) -> HfHubHTTPError:
+    request = httpx.Request("GET", "https://huggingface.co/api/models/a/b")
+    return HfHubHTTPError(f"{status} from the Hub", response=httpx.Response(status, request=request))
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "message"),
+    [
+        (answers(401), SettingsError, r"the Hub refuses access \(401\); log in"),
+        (answers(403), SettingsError, r"the Hub refuses access \(403\); log in"),
+        (answers(404), SettingsError, r"cannot be loaded from the Hub \(404 from the Hub"),
+        (answers(429), RunError, "cannot be reached, or broke off .*429"),
+        (answers(503), RunError, "cannot be reached, or broke off .*503"),
+        (httpx.ConnectTimeout(""), RunError, r"cannot be reached, or broke off \(ConnectTimeout\)"),
+        (OSError(errno.ENOSPC, "No space left on device"), RunError, "cannot be written .*No space left.*set HF_HOME"),
+        (ValueError("two\nlines"), SettingsError, r"cannot be loaded from the Hub \(two lines\)"),
+        (OfflineModeIsEnabled("Cannot reach it"), OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_whatever_the_hub_or_the_network_answers_is_one_line(cause, kind, message, wrapped):
+    error = RuntimeError("as the Hub's client wraps it") if wrapped else cause
+    error.__cause__ = cause if wrapped else None
+    with pytest.raises(kind, match=message) as raised, access.refused("a/b", "model"):
+        raise error
+    assert "\n" not in str(raised.value)
+
+
+def test_a_cache_that_others_filled_is_used_where_the_hub_is_busy_or_gone(local, monkeypatch, caplog):
+    files = [Path(hf_hub_download(MODEL, name)) for name in ("config.json", "tokenizer.model", INDEX_FILE)]
+    shards = [hf_hub_download(MODEL, f"pytorch_model-0000{number}-of-00002.bin") for number in (1, 2)]
+    for failure in (answers(429), httpx.ConnectError("nobody is there")):
+        with monkeypatch.context() as broken:
+            broken.setattr(access.HfApi, "repo_info", Mock(side_effect=failure))
+            hub.forget()
+            assert hub.model_folder(MODEL, weights=True) == files[0].parent
+            assert "what the cache holds is used as it is: model.name=" in caplog.text
+    Path(shards[1]).unlink()
+    with monkeypatch.context() as broken:
+        broken.setattr(access.HfApi, "repo_info", Mock(side_effect=answers(429)))
+        hub.forget()
+        with pytest.raises(RunError, match="cannot be reached"):
+            hub.model_folder(MODEL, weights=True)
+    assert hub.model_folder(MODEL, weights=True) == files[0].parent  # asked again, and whole again
+    assert Path(shards[1]).is_file()
+
+
+def test_rows_that_were_read_are_read_again_when_the_hub_is_gone(local, monkeypatch, tmp_path):
+    for name, value in {"HF_ENDPOINT": local.url, "HF_DATASETS_CACHE": tmp_path / "rows"}.items():
+        monkeypatch.setattr(f"datasets.config.{name}", value)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    cfg, gone = compose([f"dataset.name={ROWS}"]).dataset, Mock(side_effect=answers(503))
+    with monkeypatch.context() as broken:
+        broken.setattr(access.HfApi, "repo_info", gone)
+        with pytest.raises(RunError, match=f"dataset.name={ROWS}: .*cannot be reached"):
+            load_rows(cfg)
+    rows = load_rows(cfg)[:]
+    hub.forget()
+    before = len(local.requests)
+    with monkeypatch.context() as broken:
+        broken.setattr(access.HfApi, "repo_info", gone)
+        assert load_rows(cfg)[:] == rows
+    assert len(rows["output"]) > 50
+    assert len(local.requests) == before
+
+
 @pytest.mark.slow
 def test_every_family_trains_is_asked_and_merges(tmp_path):
     from tests.hub.families import FAMILIES, MERGED_WITHIN, try_all
@@ -189,33 +272,56 @@ FILES = {
     "adapter": (["adapter_config.json", "adapter_model.safetensors"], "is an adapter, not a base model"),
     "gguf": (["model.Q4_K_M.gguf", "README.md"], "holds only GGUF files"),
     "nothing": (["README.md"], "holds no config.json"),
-    "no weights": (["config.json", "tokenizer.json"], "has no weights that transformers loads"),
-    "author's own": (["config.json", "consolidated.00.pth"], "has no weights that transformers loads"),
+    "no-weights": (["config.json", "tokenizer.json"], "has no weights that transformers loads"),
+    "of-the-author": (["config.json", "consolidated.00.pth"], "has no weights that transformers loads"),
+    "gguf-weights": (["config.json", "model.gguf"], r"has no weights that transformers loads: .*only GGUF files"),
 }
 
 
+def write(folder: Path, *names: str, content: str = "{}") -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
 @pytest.mark.parametrize("case", FILES)
-def test_repository_that_is_no_base_model_is_called_what_it_is(case):
+@pytest.mark.parametrize("place", ["here", "Hub"])
+def test_repository_that_is_no_base_model_is_called_what_it_is(case, place, local, repositories, tmp_path):
     files, message = FILES[case]
-    with pytest.raises(SettingsError, match=message):
-        hub.check_files("model.name=a/b", files)
+    name = str(tmp_path / "model") if place == "here" else f"tests/{case}"
+    write(tmp_path / "model" if place == "here" else repositories / "models" / name, *files)
+    with pytest.raises(SettingsError, match=f"model.name={name}: {message}"):
+        hub.model_folder(name, weights=True)
 
 
-def test_only_the_weights_that_transformers_reads_are_wanted():
-    index = json.dumps(
-        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    )
-    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+INDEX = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}})
+
+
+def test_only_what_transformers_reads_is_downloaded(local, repositories):
+    repository = repositories / "models/tests/many-files"
+    small = {"config.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "model.safetensors.index.json"}
+    small |= {"additional_chat_templates/rag.jinja"}
     others = ["pytorch_model.bin", "consolidated.safetensors", "original/consolidated.00.pth", "model.onnx", "x.py"]
-    small = ["config.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
-    files = ["model.safetensors.index.json", *shards, *others, *small]
-    wanted = hub.wanted_files("model.name=a/b", files, lambda name: index, weights=True, code=False)
-    assert sorted(wanted) == sorted(["model.safetensors.index.json", *shards, *small])
-    assert sorted(hub.wanted_files("k", files, lambda name: index, weights=False, code=True)) == sorted(
-        [*small, "x.py"]
-    )
-    with pytest.raises(SettingsError, match="model-00002-of-00002.safetensors is missing"):
-        hub.wanted_files("model.name=a/b", files[:2], lambda name: index, weights=True, code=False)
+    write(repository, *small, *SHARDS, *others, "adapter_config.json", "onnx/config.json", "README.md")
+    write(repository, "model.safetensors.index.json", content=INDEX)
+
+    def downloaded(**asked: bool) -> set[str]:
+        return set(hub.files_in(hub.model_folder("tests/many-files", **asked)))
+
+    assert downloaded(weights=False) == small
+    assert downloaded(weights=True) == {*small, *SHARDS}
+    assert downloaded(weights=False, code=True) == {*small, *SHARDS, "x.py"}
+
+
+@pytest.mark.parametrize(
+    ("index", "message"), [(INDEX, f"{SHARDS[1]} is missing"), ("{}", "index.json is damaged"), ("[", "is damaged")]
+)
+def test_weights_that_are_not_whole_are_refused(index, message, tmp_path):
+    write(tmp_path, "config.json", SHARDS[0])
+    write(tmp_path, "model.safetensors.index.json", content=index)
+    with pytest.raises(SettingsError, match=message):
+        hub.model_folder(str(tmp_path), weights=True)
 
 
 def test_code_of_another_repository_is_not_on_this_machine(tmp_path):
@@ -232,4 +338,4 @@ def test_lfs_pointer_says_what_to_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(hub.LFS_POINTER + b"v1\noid sha256:0\nsize 9\n")
     with pytest.raises(SettingsError, match="model.safetensors is a Git LFS pointer.*git lfs pull"):
-        hub.check_local("m", tmp_path, weights=True)
+        hub.model_folder(str(tmp_path), weights=True)
