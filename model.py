@@ -7,16 +7,15 @@ alone, and only clients load a base model.
 
 import contextlib
 import copy
-import functools
 import hashlib
 import json
 import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes
 import numpy as np
@@ -43,7 +42,7 @@ Adapter = dict[str, np.ndarray]
 
 ADAPTER_FILE, ADAPTER_CONFIG_FILE, TEMPLATE_FILE = (
     "adapter_model.safetensors",
-    "adapter_config.json",
+    hub.ADAPTER_CONFIG,
     "chat_template.jinja",
 )
 MANAGED_LORA = {
@@ -56,8 +55,14 @@ MANAGED_LORA = {
 LINEAR = (torch.nn.Linear, Conv1D)  # what LoRA goes into, besides embeddings; GPT-2 has the latter
 ATTENTION = (["q_proj", "v_proj"], ["qkv_proj"], ["query_key_value"], ["Wqkv"], ["c_attn"])
 """Attention projections by the names that models give them, for kinds that PEFT's own table lacks."""
+NAMING = (  # settings of LoRA that name modules or parameters
+    "modules_to_save", "exclude_modules", "target_parameters", "rank_pattern", "alpha_pattern", "target_modules"
+)  # fmt: skip
 PROBE = "Below is a question. Answer it in a few words: how much is 12 plus 30, and why?"
 RANDOM, ZERO = ("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")  # tensors by how they begin
+
+
+# --- configuration and tokenizer --------------------------------------------------------------------
 
 
 def read_config(cfg: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
@@ -70,7 +75,10 @@ def read_config(cfg: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
         SettingsError: if `model.name` is no base model that can be loaded, or `model.quantization` does not fit.
         RunError: if the Hub cannot be reached.
     """
-    base = described(cfg, hub.cached_model(cfg.name, code=cfg.trust_remote_code) if offline else base_folder(cfg))
+    folder = hub.cached_model(cfg.name, code=cfg.trust_remote_code) if offline else base_folder(cfg)
+    if folder is None:
+        raise SettingsError(f"model.name={cfg.name}: not on this machine")
+    base = described(cfg, folder)
     bits = stored_bits(cfg.name, base)
     if bits and bits != cfg.quantization:
         raise SettingsError(
@@ -80,10 +88,8 @@ def read_config(cfg: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
     return base
 
 
-def described(cfg: ModelConfig, folder: Path | None) -> PreTrainedConfig:
+def described(cfg: ModelConfig, folder: Path) -> PreTrainedConfig:
     """The config.json in the base model's folder. Raises SettingsError if it is not a causal language model's."""
-    if folder is None:
-        raise SettingsError(f"model.name={cfg.name}: not on this machine")
     if (folder / hub.ADAPTER_CONFIG).is_file():
         raise SettingsError(
             f"model.name={cfg.name}: an adapter lies beside the model, and transformers would put it in; move "
@@ -116,18 +122,20 @@ def unloadable(what: str, error: BaseException) -> str:
     return f"{what} cannot be loaded ({shortened(text or repr(error), 300)})"
 
 
+def first_sentence(error: BaseException) -> str:
+    return shortened(" ".join(str(error).split()).split(". ")[0], 300)
+
+
 def stored_bits(name: str, base: PreTrainedConfig) -> str | None:
     """In how many bits a base model is stored, "4" or "8"; None if it is not quantized.
 
     Raises:
         SettingsError: if it is quantized by anything but bitsandbytes.
     """
-    stored: Any = getattr(base, "quantization_config", None)
-    if stored is None:
-        return None
+    stored: Any = getattr(base, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     bits = "4" if stored.get("load_in_4bit") else "8" if stored.get("load_in_8bit") else None
-    if bits is None:
+    if stored and not bits:
         method = getattr(stored.get("quant_method"), "value", stored.get("quant_method"))
         raise SettingsError(
             f"model.name={name}: is stored quantized ({method}); only models that are not, or by bitsandbytes in 4 or "
@@ -174,11 +182,15 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocabulary: i
         )
 
 
+# --- an adapter, without its base model -------------------------------------------------------------
+
+
 def lora_config(cfg: ModelConfig, model: Any = None) -> LoraConfig:
     """`model.lora` as a `peft.LoraConfig` for causal language modelling.
 
     Args:
-        model: the base model, with or without weights, whose modules `target_modules` names.
+        model: the base model, with or without weights. Target modules are then its own, in its language part alone;
+            null means PEFT's choice for this kind of model, or the attention projections that it has.
 
     Raises:
         SettingsError: for unknown or impossible fields, for modules that `model` lacks, and for initialisations that
@@ -186,42 +198,89 @@ def lora_config(cfg: ModelConfig, model: Any = None) -> LoraConfig:
     """
     check_keywords("model.lora", cfg.lora, LoraConfig, MANAGED_LORA)
     check_lora(cfg.lora)
+    folder = local_path(cfg.name)  # one of this machine is noted by its whole path, so that it is found later
+    name = cfg.name if folder is None or shipped_path(cfg.name) else str(folder.resolve())
     try:
-        lora = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=lasting_name(cfg.name), **cfg.lora)
+        lora = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=name, **cfg.lora)
     except Exception as error:  # whatever PEFT makes of values that contradict each other
         raise SettingsError(f"model.lora: {first_sentence(error)}") from error
     if model is None:
         return lora
-    check_named_modules(lora, model)
+    part = language_part(model)
+    if lora.target_modules is None:
+        listed = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.get_text_config().model_type)
+        known = (set(names) for names in (listed, *ATTENTION) if isinstance(names, list))
+        lora.target_modules = next((names for names in known if names <= part.linear), "all-linear")
+    check_named_modules(lora, model, part)
     if cfg.quantization != "none":
         check_saved_modules(lora, model)
-    return aimed(lora, model)
+    if part.others:
+        lora.exclude_modules = "|".join([part.others, *patterns(lora.exclude_modules).values()])
+    return lora
 
 
-def check_named_modules(lora: LoraConfig, model: Any) -> None:
-    """Raise SettingsError if a setting other than `target_modules` names what the language part of `model` lacks."""
-    _, others = language_modules(model)
-    inside = [name for name, _ in model.named_modules() if not (others and re.fullmatch(others, name))]
+class LanguagePart(NamedTuple):
+    """What of a model adapters may go into: a model that also sees or hears has towers beside its decoder."""
+
+    modules: list[str]
+    """Names of all its modules."""
+    linear: set[str]
+    """Last parts of the names of its linear layers."""
+    head: str
+    """Name of the layer that makes logits of hidden states."""
+    others: str | None
+    """A pattern for the modules that are not in it; None if it is the whole model."""
+
+
+def language_part(model: Any) -> LanguagePart:
+    """The decoder of `model` and its head, found in one walk; the whole of a model that has no other linear layers."""
+    names = {module: name for name, module in model.named_modules()}
+    head, decoder = names.get(model.get_output_embeddings(), ""), names.get(model.get_decoder(), "")
+    linear = [name for module, name in names.items() if isinstance(module, LINEAR)]
+    inside = [name for name in linear if name == head or name.startswith(f"{decoder}." if decoder else "")]
+    others = None if inside == linear else rf"(?!{re.escape(decoder)}\.|{re.escape(head)}$).*"
+    modules = [name for name in names.values() if not (others and re.fullmatch(others, name))]
+    return LanguagePart(modules, {name.rpartition(".")[2] for name in inside}, head, others)
+
+
+def patterns(names: Any) -> dict[str, str]:
+    """PEFT's three ways to name modules: a regular expression, names, or a mapping of the ends of regular expressions.
+
+    Each name comes with the regular expression that the whole name of a module has to match.
+    """
+    if isinstance(names, str):
+        return {names: names}
+    is_pattern = isinstance(names, Mapping)
+    return {name: rf"(.*\.)?({name if is_pattern else re.escape(name)})" for name in sorted(names or [])}
+
+
+def check_named_modules(lora: LoraConfig, model: Any, part: LanguagePart) -> None:
+    """Raise SettingsError if `lora` names what the language part of `model` lacks, or what would not be trained."""
+    leaves = {name.rpartition(".")[2] for name in part.modules}
+    known = {leaf for leaf in leaves if leaf and not leaf.isdigit()}
     parameters = [name for name, _ in model.named_parameters()]
-    known = sorted({name.rpartition(".")[2] for name in inside if name and not name.rpartition(".")[2].isdigit()})
-    for key, names, there in (
-        ("modules_to_save", lora.modules_to_save, inside),
-        ("exclude_modules", [] if isinstance(lora.exclude_modules, str) else lora.exclude_modules, inside),
-        ("target_parameters", lora.target_parameters, parameters),
-        ("rank_pattern", lora.rank_pattern, inside),
-        ("alpha_pattern", lora.alpha_pattern, inside),
-    ):
-        for name in sorted(names or []):
+    for key in NAMING:
+        names = getattr(lora, key)
+        what, there = ("parameter", parameters) if key == "target_parameters" else ("module", part.modules)
+        if names == "all-linear" or (key == "exclude_modules" and isinstance(names, str)):
+            continue
+        for name, pattern in patterns(names).items():
             try:
-                pattern = re.compile(
-                    rf"(.*\.)?({name if key.endswith('_pattern') else re.escape(name)})"
-                )  # as PEFT does
+                matches = re.compile(pattern).fullmatch
             except re.error as error:
-                raise SettingsError(f"model.lora.{key}={name}: not a valid regular expression ({error})") from error
-            if not any(pattern.fullmatch(other) for other in there):
                 raise SettingsError(
-                    f"model.lora.{key}={name}: the language part of this model has no such "
-                    f"{'parameter' if there is parameters else 'module'}; it has {', '.join(known)}"
+                    f"model.lora.{key}={name}: not a valid regular expression ({error}); use names"
+                ) from error
+            if not any(map(matches, there)):
+                raise SettingsError(
+                    f"model.lora.{key}={name}: the language part of this model has no such {what}; it has "
+                    f"{', '.join(sorted(part.linear if key == 'target_modules' else known))}"
+                )
+            if key == "target_modules" and matches(part.head):
+                raise SettingsError(
+                    f"model.lora.target_modules={name}: the trainer reads the weights of {part.head} itself, so LoRA "
+                    f"in it would never be trained; leave it out, or train it whole: model.lora.modules_to_save="
+                    f"[{part.head}]"
                 )
 
 
@@ -235,87 +294,6 @@ def check_saved_modules(lora: LoraConfig, model: Any) -> None:
                 f"model.lora.modules_to_save={saved}: {name} is quantized, and only layers that are not can be trained "
                 "whole; name it in model.lora.target_modules, or set model.quantization=none"
             )
-
-
-def lasting_name(name: str) -> str:
-    """`model.name` as an adapter notes it: a folder of this machine by its whole path, so that it is found later."""
-    folder = local_path(name)
-    return name if folder is None or shipped_path(name) else str(folder.resolve())
-
-
-def first_sentence(error: BaseException) -> str:
-    return shortened(" ".join(str(error).split()).split(". ")[0], 300)
-
-
-def aimed(lora: LoraConfig, model: Any) -> LoraConfig:
-    """`lora` with target modules that `model` has, in its language part alone; null means its attention projections.
-
-    Raises:
-        SettingsError: if `model` lacks one of them; it names those that there are.
-    """
-    names, others = language_modules(model)
-    if others:
-        lora.exclude_modules = "|".join(filter(None, [others, as_pattern(lora.exclude_modules)]))
-    known = sorted({name.rpartition(".")[2] for name in names})
-    if lora.target_modules is None:
-        lora.target_modules = default_targets(model.config, known)
-    try:
-        re.compile(as_pattern(lora.target_modules) or "")
-    except re.error as error:
-        raise SettingsError(
-            f"model.lora.target_modules={lora.target_modules}: not a valid regular expression ({error}); use a list "
-            "of names"
-        ) from error
-    for target in [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules):
-        pattern = as_pattern(lora.target_modules if isinstance(lora.target_modules, str) else [target])
-        aimed_at = (name for name, _ in model.named_modules() if not (others and re.fullmatch(others, name)))
-        if target != "all-linear" and not any(re.fullmatch(str(pattern), name) for name in aimed_at):
-            raise SettingsError(
-                f"model.lora.target_modules={target}: this model has no such module; it has {', '.join(known)}"
-            )
-        if re.fullmatch(str(pattern), head_name(model)):
-            raise SettingsError(
-                f"model.lora.target_modules={target}: the trainer reads the weights of {head_name(model)} itself, so "
-                f"LoRA in it would never be trained; leave it out, or train it whole: model.lora.modules_to_save="
-                f"[{head_name(model)}]"
-            )
-    return lora
-
-
-def head_name(model: Any) -> str:
-    """The name of the layer that makes logits of hidden states."""
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), "")
-
-
-def as_pattern(modules: Any) -> str | None:
-    """PEFT's two ways to name modules as one regular expression over whole names."""
-    if not modules or isinstance(modules, str):
-        return modules or None
-    return rf"(.*\.)?({'|'.join(map(re.escape, sorted(modules)))})"
-
-
-def language_modules(model: Any) -> tuple[list[str], str | None]:
-    """Names of the linear layers of a model's language part, and a pattern for all modules that are not in it.
-
-    A model that also sees or hears has towers beside its decoder. The pattern of a text model is None.
-    """
-    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
-    language, head = model.get_decoder(), head_name(model)
-    decoder = next((name for name, module in model.named_modules() if module is language), "")
-    inside = [name for name in linear if name == head or name.startswith(f"{decoder}." if decoder else "")]
-    if len(inside) == len(linear):
-        return linear, None
-    return inside, rf"(?!{re.escape(decoder)}\.|{re.escape(head)}$).*"
-
-
-def default_targets(base: PreTrainedConfig, known: Sequence[str]) -> Any:
-    """What `target_modules` null means: PEFT's choice for this kind of model, or the attention projections it has."""
-    listed = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(base.get_text_config().model_type)
-    for names in (listed, *ATTENTION):
-        if names and not isinstance(names, str) and set(names) <= set(known):
-            return set(names)
-    return "all-linear"
 
 
 def empty_model(base: PreTrainedConfig, cfg: ModelConfig) -> Any:
@@ -381,6 +359,30 @@ def starts_from_base(shapes: Iterable[str]) -> bool:
     return not all(any(drawn in name for drawn in (*RANDOM, *ZERO)) for name in shapes)
 
 
+def trainable_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    return get_peft_model_state_dict(model, state_dict=trainable, save_embedding_layers=False)  # else it asks the Hub
+
+
+def save_adapter(folder: Path, adapter: Adapter, lora: LoraConfig, template: str) -> None:
+    """Write `adapter` in PEFT's format, with the chat template that it was trained with."""
+    folder.mkdir(parents=True)
+    save_file(adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    let_others_read(folder / ADAPTER_FILE)
+    saved = lora.to_dict() | {"inference_mode": True}
+    text = json.dumps(saved, indent=2, sort_keys=True, default=sorted)
+    (folder / ADAPTER_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """The adapter that `save_adapter` (or PEFT) wrote into `folder`."""
+    return dict(sorted(load_file(folder / ADAPTER_FILE).items()))
+
+
+# --- the base model ---------------------------------------------------------------------------------
+
+
 def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
     """The frozen base model: nf4 with double quantization, 8-bit, or unquantized weights; computes in `compute_dtype`.
 
@@ -390,7 +392,9 @@ def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
     Raises:
         SettingsError: if its weights are missing, damaged or another model's.
     """
-    base = load_cached(cfg, device) if cfg.cache_folder and cfg.quantization != "none" else load_fresh(cfg, device)
+    device = device or default_device()
+    is_kept = cfg.cache_folder and cfg.quantization != "none"
+    base = load_cached(cfg, device) if is_kept else load_weights(cfg, compute_dtype(device), device)
     for module in base.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = compute_dtype(device)  # of a model that is stored in 4 bits it may be another
@@ -400,31 +404,26 @@ def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
     return base.requires_grad_(False)
 
 
-def load_fresh(cfg: ModelConfig, device: str | None) -> Any:
-    quantization = {
-        "4": BitsAndBytesConfig(
-            load_in_4bit=True,
+def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str) -> Any:
+    """The base model with its weights, quantized if `model.quantization` says so and they are not stored like that.
+
+    Raises:
+        SettingsError: if some are missing, damaged or of other shapes.
+    """
+    folder, options = base_folder(cfg, weights=True), {}
+    if cfg.quantization != "none" and not stored_bits(cfg.name, read_config(cfg)):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=cfg.quantization == "4",
+            load_in_8bit=cfg.quantization == "8",
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype(device),
-        ),
-        "8": BitsAndBytesConfig(load_in_8bit=True),
-        "none": None,
-    }[cfg.quantization]
-    if quantization is None or stored_bits(cfg.name, read_config(cfg)):  # None would overrule what is stored
-        return load_weights(cfg, compute_dtype(device), device)
-    return load_weights(cfg, compute_dtype(device), device, quantization_config=quantization)
-
-
-def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str | None = None, **options: Any) -> Any:
-    """The base model with its weights. Raises SettingsError if some are missing, damaged or of other shapes."""
-    folder = base_folder(cfg, weights=True)
-    again = "copy it again" if local_path(cfg.name) else f"download it again: hf download --force-download {cfg.name}"
+            bnb_4bit_compute_dtype=dtype,
+        )
     try:
         base, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map={"": device or default_device()},
+            device_map={"": device},
             trust_remote_code=cfg.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
@@ -433,8 +432,10 @@ def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str | None = None
     except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
         raise
     except Exception as error:  # a file of weights may hold anything
+        again = f"download it again: hf download --force-download {cfg.name}"
         raise SettingsError(
-            f"model.name={cfg.name}: {unloadable('its weights', error)}; if a file is damaged, {again}"
+            f"model.name={cfg.name}: {unloadable('its weights', error)}; if a file is damaged, "
+            f"{'copy it again' if local_path(cfg.name) else again}"
         ) from error
     for tensor, stored, expected in sorted(found["mismatched_keys"]):
         raise SettingsError(
@@ -449,7 +450,7 @@ def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str | None = None
     return base
 
 
-def load_cached(cfg: ModelConfig, device: str | None) -> Any:
+def load_cached(cfg: ModelConfig, device: str) -> Any:
     """The quantized base model from `model.cache_folder`; quantized now and put there, if it is not there whole.
 
     The entry's name is made of everything that decides its content; each of its files has to have the SHA-256 that
@@ -460,10 +461,10 @@ def load_cached(cfg: ModelConfig, device: str | None) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             entry,
             dtype=compute_dtype(device),
-            device_map={"": device or default_device()},
+            device_map={"": device},
             trust_remote_code=cfg.trust_remote_code,
         )
-    base = load_fresh(cfg, device)
+    base = load_weights(cfg, compute_dtype(device), device)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{entry.name}.", dir=entry.parent) as beside:
@@ -513,6 +514,9 @@ def check_device(use_dora: bool, quantization: str, device: str) -> None:
         )
 
 
+# --- an adapter in its base model -------------------------------------------------------------------
+
+
 def add_adapter(base: Any, cfg: ModelConfig) -> PeftModel:
     """`base` with a new, trainable float32 adapter; the base weights stay as they are, in place."""
     lora = lora_config(cfg, base)
@@ -530,23 +534,14 @@ def fit_saved_modules(model: PeftModel) -> PeftModel:
         if isinstance(module, ModulesToSaveWrapper):
             kind = next(module.original_module.parameters()).dtype
             for trained in module.modules_to_save.values():
-                trained.register_forward_pre_hook(functools.partial(cast_inputs, trained))
-                trained.register_forward_hook(functools.partial(cast_output, kind))
+                trained.register_forward_pre_hook(cast_inputs)
+                trained.register_forward_hook(lambda _, __, output, kind=kind: output.to(kind))
     return model
 
 
-def cast_inputs(trained: torch.nn.Module, _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def cast_inputs(trained: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     kind = next(trained.parameters()).dtype
     return tuple(value.to(kind) if torch.is_floating_point(value) else value for value in inputs)
-
-
-def cast_output(kind: torch.dtype, _: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.to(kind)
-
-
-def trainable_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    return get_peft_model_state_dict(model, state_dict=trainable, save_embedding_layers=False)  # else it asks the Hub
 
 
 def get_adapter(model: PeftModel) -> Adapter:
@@ -558,19 +553,3 @@ def get_adapter(model: PeftModel) -> Adapter:
 def set_adapter(model: PeftModel, adapter: Mapping[str, np.ndarray]) -> None:
     """Put `adapter` into `model`; tensors that `adapter` lacks keep their values."""
     set_peft_model_state_dict(model, {name: torch.from_numpy(np.array(value)) for name, value in adapter.items()})
-
-
-def save_adapter(folder: Path, adapter: Adapter, lora: LoraConfig, template: str) -> None:
-    """Write `adapter` in PEFT's format, with the chat template that it was trained with."""
-    folder.mkdir(parents=True)
-    save_file(adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    let_others_read(folder / ADAPTER_FILE)
-    saved = lora.to_dict() | {"inference_mode": True}
-    text = json.dumps(saved, indent=2, sort_keys=True, default=lambda value: sorted(value))
-    (folder / ADAPTER_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-
-
-def load_adapter(folder: Path) -> Adapter:
-    """The adapter that `save_adapter` (or PEFT) wrote into `folder`."""
-    return dict(sorted(load_file(folder / ADAPTER_FILE).items()))

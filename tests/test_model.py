@@ -401,6 +401,7 @@ def test_weights_that_lack_tensors_or_are_torn_get_one_line(tmp_path):
 def test_adapter_of_a_local_model_notes_a_path_that_holds_from_anywhere(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert adapters.lasting_name("mine") == str(tmp_path / "mine")
-    assert adapters.lasting_name("quickstart/model") == "quickstart/model"
-    assert adapters.lasting_name("openlm-research/open_llama_7b_v2") == "openlm-research/open_llama_7b_v2"
+    noted = {"mine": str(tmp_path / "mine"), "quickstart/model": "quickstart/model", "owner/name": "owner/name"}
+    for name, expected in noted.items():
+        lora = adapters.lora_config(small(f"model.name={name}").model)
+        assert lora.base_model_name_or_path == expected
