@@ -6,7 +6,6 @@ libraries are imported by the work itself, or live in the node's resident worker
 
 import shlex
 from collections.abc import Callable
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from deployment import resident
 from exchange.faults import replied
 from runs import runfolder
+from settings.overrides import to_type
 from settings.resume import read_settings
 from utils import send_nothing_home
 
@@ -48,7 +48,7 @@ def serve(grid: Grid, context: Context) -> None:
         if folder:
             print(f"log: {folder / 'main.log'}", flush=True)
             if runfolder.command_to_resume(folder):
-                print(f"to resume: the same settings, and resume={shlex.quote(str(folder))}", flush=True)
+                print(f"to resume: the same settings, and {to_type('resume', str(folder))}", flush=True)
         raise
 
 
@@ -77,24 +77,12 @@ def run_folder(below: Path, resume: str | None) -> Path:
     from settings.schema import SettingsError
 
     if resume is None:
-        return new_folder(below)
+        return runfolder.new_folder(below)
     folder = Path(resume).resolve()
     if not folder.is_relative_to(below.resolve()):
         raise SettingsError(f"resume={resume}: on a SuperLink only runs below {below} can be resumed")
     read_settings(folder)
     return folder
-
-
-def new_folder(below: Path) -> Path:
-    """A run folder named by the time, or by the next second if another run has that one."""
-    moment = datetime.now().astimezone()
-    while True:
-        folder = below / moment.strftime("%Y-%m-%d/%H-%M-%S")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            moment += timedelta(seconds=1)
 
 
 def make_client(partition_id: int | None = None) -> ClientApp:

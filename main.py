@@ -25,8 +25,9 @@ from runs.compare import SweepReport
 from runs.reading import COMPLETE, read_run
 from runs.terminal import keep_output
 from server import engine
-from settings.compose import canonical, checked, one_line
-from settings.resume import resumed_run, resumed_sweep
+from settings.compose import checked, one_line
+from settings.overrides import canonical
+from settings.resume import resumed_sweep
 from settings.schema import CONFIG_FOLDER, SettingsError
 from utils import objective, send_nothing_home
 
@@ -38,8 +39,11 @@ last_words: list[str] = []  # of the job that was stopped
 def job(cfg: DictConfig) -> float:
     """One run, or one job of a sweep; returns what a sweeper minimises."""
     folder, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
+    os.chdir(
+        HydraConfig.get().runtime.cwd
+    )  # whatever hydra.job.chdir says, paths mean what they mean where it is typed
     try:
-        config = checked(cfg)
+        config = checked(cfg, overrides, folder)
         resumes = not config.dry_run and (config.resume or config.resume_sweep)
         done = read_run(folder) if resumes else None
         if done and done.status == COMPLETE and not runfolder.has_more_room(folder, config, done.results):
@@ -99,7 +103,7 @@ def main() -> int:
     logging.raiseExceptions = False  # a log that cannot be written must not bury the reason
     try:
         stopping.listen()
-        sys.argv[1:] = resumed_run(resumed_sweep(canonical(sys.argv[1:])))
+        sys.argv[1:] = resumed_sweep(canonical(sys.argv[1:]))
         job()
     except KeyboardInterrupt as stopped:
         print("stopped", *last_words, file=sys.stderr)

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +236,7 @@ def submit(options: argparse.Namespace) -> int:
     for override in options.overrides:
         if "=" not in override:
             raise LaunchError(f"{override}: is not KEY=VALUE")
-    from settings.compose import compose
-
-    given = with_settings_of_run(options.overrides)
-    compose(given, "deployment")  # a wrong setting is answered here, not by a failed run
+    given = with_settings_of_run(options.overrides)  # a wrong setting is answered here, not by a failed run
     check_connection(options)
     overrides = f"overrides={toml_text(shlex.join(given))}"
     command = [tool("flwr"), "run", str(SUITE_FOLDER), "launcher", "--stream", "--run-config", overrides]
@@ -260,14 +258,16 @@ def submit(options: argparse.Namespace) -> int:
 
 
 def with_settings_of_run(overrides: Sequence[str]) -> list[str]:
-    """`overrides`; behind `resume=FOLDER` stand the settings of the run in FOLDER, if that is on this machine."""
-    from settings.resume import RESUME, SETTINGS_FILE, folder_given, resumed_run
+    """`overrides`, checked; with `resume=FOLDER` those that make the settings of the run in FOLDER, if it is here."""
+    from settings.compose import compose
+    from settings.overrides import written
+    from settings.resume import SETTINGS_FILE, differences
 
-    folder = folder_given("resume", overrides)
-    if folder is None or not (folder / SETTINGS_FILE).exists():
+    config, default = compose(overrides, "deployment"), compose((), "deployment")
+    if not config.resume or not (folder := Path(config.resume).resolve() / SETTINGS_FILE).exists():
         return list(overrides)
-    others = [text for text in overrides if not RESUME.match(text)]
-    return [text for text in resumed_run([*others, f"resume={folder.resolve()}"]) if not text.startswith("hydra.")]
+    wanted = differences(asdict(default), asdict(config) | {"resume": str(folder.parent)})
+    return [f"{key}={written(value)}" for key, (_, value) in wanted.items()]
 
 
 @contextmanager

@@ -4,24 +4,22 @@ import fcntl
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import datetime, timedelta
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-from settings.resume import RESUME, SETTINGS_FILE, must_be_said, read_settings
+from omegaconf import OmegaConf
+
+from settings.overrides import to_type, written
+from settings.resume import MAY_CHANGE, ONLY_THESE, RESUME, SETTINGS_FILE, covers, differences, reaching, read_settings
 from settings.schema import RunConfig, SettingsError
 from utils import DIGESTS_FILE, torn_files, write_json, write_whole
 
 METRICS_FILE, RESULTS_FILE, ERROR_FILE = "metrics.jsonl", "results.json", "error.txt"
-MAY_CHANGE = (  # settings that a resumed run may change: how it is done, up to rounding and to who answers in time
-    "resume", "resume_sweep", "dry_run", "tracker", "ray", "client_resources", "model.cache_folder",
-    "train.micro_batch_size", "train.keep_checkpoints", "train.save_every_round", "train.early_stop_rounds",
-    "train.training_arguments.gradient_checkpointing", "strategy.round_timeout_s", "strategy.min_replies",
-    "strategy.round_retries", "strategy.max_bytes",
-)  # fmt: skip
 
 
 def folder_of(run_folder: Path, round_number: int) -> Path:
@@ -32,6 +30,40 @@ def rounds_in(run_folder: Path) -> list[int]:
     """Rounds that have a checkpoint, whole or damaged, newest first."""
     found = (re.fullmatch(r"peft_([0-9]+)", folder.name) for folder in run_folder.glob("peft_*") if folder.is_dir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def new_folder(below: Path) -> Path:
+    """A run folder named by the time, or by the next second if another run has that one."""
+    moment = datetime.now().astimezone()
+    while True:
+        folder = below / moment.strftime("%Y-%m-%d/%H-%M-%S")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            moment += timedelta(seconds=1)
+        except OSError as error:
+            raise SettingsError(
+                f"hydra.run.dir={folder}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
+
+
+def run_folder(resume: str | None) -> str:
+    """`hydra.run.dir`: a new folder, or that of the run that is resumed, before Hydra writes anything there."""
+    if resume:
+        read_settings(Path(str(resume)))
+    return str(resume or new_folder(Path("outputs")))
+
+
+def sweep_folder(resume: str | None) -> str:
+    """`hydra.sweep.dir`: a new folder."""
+    if resume:
+        raise SettingsError(f"resume={resume}: resumes one run; use resume_sweep=FOLDER for a sweep")
+    return str(new_folder(Path("multirun")))
+
+
+for resolver in (run_folder, sweep_folder):  # of conf/config.yaml; here, because a launcher's processes import this
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, use_cache=True, replace=True)
 
 
 @contextmanager
@@ -60,8 +92,9 @@ def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterat
         }
         wanted = config.resume or config.resume_sweep
         if resumes := has_rounds(folder) or bool(wanted and (folder / SETTINGS_FILE).exists()):
-            check_same(folder, config)
-            content |= {"data": read_settings(folder).get("data")}
+            changed, before = check_same(folder, config), read_settings(folder)
+            changes = [f"{key}={written(value)}" for key, value in changed.items()]
+            content |= {"overrides": [*before["overrides"], *changes], "data": before.get("data")}
         elif config.resume:
             raise SettingsError(f"resume={folder}: no run is there")
         write_json(folder / SETTINGS_FILE, content)
@@ -81,18 +114,21 @@ def has_rounds(folder: Path) -> bool:
     return any(folder.glob("peft_*")) or (folder / METRICS_FILE).exists()
 
 
-def check_same(folder: Path, config: RunConfig) -> None:
-    """Raise SettingsError if the run in `folder` should not be resumed, or had settings that give other results."""
+def check_same(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """What `config` changes of the run in `folder`.
+
+    Raises:
+        SettingsError: if that run should not be resumed, or had settings that give other results.
+    """
     if not (config.resume or config.resume_sweep):
         raise SettingsError(
             f"hydra.run.dir={folder}: holds the results of another run; choose another folder, or resume={folder}"
         )
-    for key, (old, new) in changed_settings(folder, config).items():
-        if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE):
-            raise SettingsError(
-                f"{key}={new}: the run in {folder} has {key}={old}; only these may change when it is resumed: "
-                f"{', '.join(MAY_CHANGE[3:])}"
-            )
+    changed = changed_settings(folder, config)
+    for key, (old, new) in changed.items():
+        if not covers(MAY_CHANGE, key):
+            raise SettingsError(f"{key}={new}: the run in {folder} has {key}={old}; {ONLY_THESE}")
+    return {key: new for key, (_, new) in changed.items() if not covers(MAY_CHANGE[:3], key)}
 
 
 def has_more_room(folder: Path, config: RunConfig, results: Mapping[str, Any]) -> bool:
@@ -103,18 +139,6 @@ def has_more_room(folder: Path, config: RunConfig, results: Mapping[str, Any]) -
 def changed_settings(folder: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Settings of the run in `folder` that `config` has otherwise: before and now."""
     return differences(read_settings(folder)["settings"], json.loads(json.dumps(asdict(config))))
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in {**before, **now}:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found |= differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found[prefix + key] = (old, new)
-    return found
 
 
 def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -134,10 +158,10 @@ def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
 def command_to_resume(folder: Path, sweep: Path | None = None) -> str:
     """What to type to resume the run in `folder`, or its sweep; empty if no round was kept."""
     if sweep and (sweep / "multirun.yaml").exists():
-        return f"python main.py resume_sweep={shlex.quote(str(sweep))}"
+        return f"python main.py {to_type('resume_sweep', str(sweep))}"
     if rounds_in(folder) and not (folder / RESULTS_FILE).exists():
-        again = [text for text in read_settings(folder)["overrides"] if must_be_said(text)]
-        return f"python main.py {shlex.join([f'resume={folder}', *again])}"
+        again = dict(reaching(read_settings(folder)["settings"]))
+        return " ".join(["python main.py", *starmap(to_type, {"resume": str(folder), **again}.items())])
     return ""
 
 

@@ -1,37 +1,43 @@
 """From a command line to checked settings: Hydra's overrides in, a `RunConfig` or one clear line out."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from settings.overrides import canonical, how_to_quote
+from settings.resume import flat, noted_in, with_noted
 from settings.schema import (
     CONFIG_FOLDER,
+    MISSING,
     PASSED_ON,
     RunConfig,
     SamplingConfig,
     SettingsError,
     as_baseline,
-    check_ranges,
     check_together,
+    made,
     setting_names,
     suggest,
 )
 
-ALIASES = {"fraction_fit.fraction_fit": "strategy.fraction_fit"}
 
-ConfigStore.instance().store(name="schema", node=RunConfig)
+def open_sections() -> DictConfig:
+    """The sections in which keys may be set that conf/ does not list: Hydra refuses others without a plus sign."""
+    sections = OmegaConf.create({})
+    for name in PASSED_ON:
+        OmegaConf.update(sections, name, OmegaConf.create({}, flags={"struct": False}))
+    return sections
 
 
-def canonical(overrides: Sequence[str]) -> list[str]:
-    """Overrides with documented other spellings of a key replaced by the key."""
-    pattern = re.compile(r"^\+{0,2}(" + "|".join(map(re.escape, ALIASES)) + ")=")
-    return [pattern.sub(lambda found: ALIASES[found[1]] + "=", override) for override in overrides]
+ConfigStore.instance().store(name="schema", node=open_sections())
 
 
 def compose(overrides: Sequence[str] = (), name: str = "config") -> RunConfig:
@@ -45,61 +51,58 @@ def compose(overrides: Sequence[str] = (), name: str = "config") -> RunConfig:
     """
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         try:
-            return checked(hydra.compose(name, overrides=canonical(overrides)))
+            given = canonical(overrides)
+            return checked(hydra.compose(name, overrides=given), given)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             if isinstance(error, SettingsError):
                 raise
             raise SettingsError(one_line(error)) from error
 
 
-def checked(cfg: DictConfig) -> RunConfig:
-    """`cfg` as a `RunConfig` whose values are all in range."""
-    check_known(cfg)
-    config: RunConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-    try:
-        own = {f.name: config.strategy[f.name] for f in fields(SamplingConfig)}
-        typed = OmegaConf.merge(OmegaConf.structured(SamplingConfig), own)
-    except OmegaConfBaseException as error:
-        raise SettingsError("strategy." + one_line(error)) from error
-    config.strategy |= OmegaConf.to_container(typed)  # type: ignore[arg-type]
-    check_ranges(config)
-    check_ranges(config.sampling, "strategy.")
+def checked(cfg: DictConfig, overrides: Sequence[str] = (), folder: Path | None = None) -> RunConfig:
+    """`cfg` as a `RunConfig` that keeps all rules; if it resumes a run, with the settings that are noted there.
+
+    Args:
+        overrides: of this command line: all that can be changed of a run that is resumed.
+        folder: of the run; by default the one that `resume` names, if it is here.
+    """
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    noted = noted_in(folder, values)
+    if noted is None:
+        return as_baseline(typed(values))
+    return typed(with_noted(noted, values, overrides))  # as they were when the run began, a baseline's included
+
+
+def typed(values: Mapping[str, Any]) -> RunConfig:
+    config: RunConfig = made(RunConfig, values)
+    for key, value in flat(asdict(config)):
+        if value == MISSING:
+            raise SettingsError(f"{key}: needs a value")
+    own = {entry.name: config.strategy.get(entry.name) for entry in fields(SamplingConfig)}
+    config.strategy |= asdict(made(SamplingConfig, own, "strategy"))
     check_together(config)
-    return as_baseline(config)
+    return config
 
 
-def check_known(cfg: DictConfig) -> None:
-    """Raise SettingsError for keys that `+KEY=VALUE` added beside the schema, and for sections set to null."""
-    names = setting_names()
-    sections = {name.rpartition(".")[0] for name in names} | {"strategy"} | set(PASSED_ON)
-    for section in sorted(sections):
-        part = OmegaConf.select(cfg, section) if section else cfg
-        if not isinstance(part, DictConfig):
-            raise SettingsError(
-                f"{section}={part}: holds several settings; set them one by one, as {section}.KEY=VALUE"
-            )
-        for key in part if section not in PASSED_ON else ():
-            name = ".".join(filter(None, (section, str(key))))
-            if name not in names:
-                raise SettingsError(f"{name}: there is no such setting{suggest(name, names)}")
-
-
+TEXT = "use text; where it holds brackets, commas or the like, in quotes: '{key}=\"...\"'"
 REWORDED = {  # what Hydra and OmegaConf say -> what helps
+    r"Cannot convert '.*' to string: '(.*)'": r"{key}=\1: " + TEXT,
     r"Value '(.*)' of type .* could not be converted to Integer": r"{key}=\1: use a whole number",
-    r"Value '(.*)' of type .* could not be converted to Float": r"{key}=\1: use a number",
     r"Value '(.*)' is not a valid bool.*": r"{key}=\1: use true or false",
-    r".*is not Optional.*|Incompatible value 'None' for field.*": r"{key}=null: needs a value",
     r".*Could not find '(.*)/(.*?)' Available options in '.*?': (.*?) Config search path.*": r"\1=\2: use one of: \3",
-    r"Error parsing override '(.*?)' (.*?) See http.*": r"\1: is not KEY=VALUE (\2)",
     r"Config group override must be a string.*": r"a group of settings cannot be null: name one of its files",
-    r"(no viable alternative at input '.*') See http.*": r"the command line cannot be parsed: \1",
 }
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Hydra's and OmegaConf's messages as one line: key and value first, then what is allowed."""
-    if isinstance(error, SettingsError):
-        return str(error)
+    reason: BaseException | None = error
+    while reason:
+        if isinstance(reason, SettingsError):
+            return str(reason)
+        reason = reason.__cause__ or reason.__context__
+    if isinstance(error, OverrideParseException):
+        return how_to_quote(error.override)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None)
     text = " ".join(str(getattr(cause, "msg", None) or cause).split())

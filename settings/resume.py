@@ -1,125 +1,134 @@
-"""The command line that `resume=FOLDER` and `resume_sweep=FOLDER` stand for: the one of the run or sweep there."""
+"""Resume: the settings that a run noted, and what is given now laid over them.
+
+A run folder may be a stranger's. What it notes is only ever read as values: no command line of another person is run
+again, no interpolation is resolved, and a value that reaches beyond the run has to be given again by the user.
+"""
 
 import json
 import os
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from settings.schema import SettingsError
+from settings.overrides import parsed, to_type, written
+from settings.schema import CONFIG_FOLDER, SettingsError
 
 SETTINGS_FILE, BEST_LINK = "settings.json", "best"  # of a run folder
 RESUME = re.compile(r"\+{0,2}resume(?:_sweep)?=")
-# what a stranger's run folder may say: KEY=VALUE of this suite, but no address, no place to write, no code
-HARMLESS = re.compile(
-    r"\+{0,2}(?!hydra\b|ray\b|tracker=(?!tensorboard$|null$)|model\.cache_folder=|model\.lora\.megatron)[a-z][\w./]*=[^$]*"
-)
-FLOWERS = re.compile(
-    r"\+{0,2}(strategy|dataset\.partitioner)\._target_=(flwr\.serverapp\.strategy|flwr_datasets\.partitioner)\.[A-Z]\w*"
-)
-HARMLESS_ENGINE = re.compile(r"hydra/(launcher|sweeper)=\w+|hydra\.(launcher|sweeper)\.(?!_)\w+=[\w.]+")
+MAY_CHANGE = (  # settings that a resumed run may change: how it is done, up to rounding and to who answers in time
+    "resume", "resume_sweep", "dry_run", "tracker", "ray", "client_resources", "model.cache_folder",
+    "train.micro_batch_size", "train.keep_checkpoints", "train.save_every_round", "train.early_stop_rounds",
+    "train.training_arguments.gradient_checkpointing", "strategy.round_timeout_s", "strategy.min_replies",
+    "strategy.round_retries", "strategy.max_bytes",
+)  # fmt: skip
+FLOWERS = re.compile(r"(flwr\.serverapp\.strategy|flwr_datasets\.partitioner)\.[A-Z]\w*")
+ONLY_THESE = f"only these may change when it is resumed: {', '.join(MAY_CHANGE[3:])}"
+ELSEWHERE = "which can run code, call an address or write elsewhere; give it again to allow it"
 
 
-def resumed_run(arguments: Sequence[str]) -> list[str]:
-    """The command line that `resume=FOLDER` stands for: the run's own, in its own folder, and what is given beside.
-
-    Raises:
-        SettingsError: if there is no run in the folder, or its settings could run code and are not given again.
-    """
-    folder = folder_given("resume", arguments)
-    if folder is None:
-        return list(arguments)
-    given = [argument for argument in arguments if not RESUME.match(argument)]
-    for argument in given:
-        if argument in ("--multirun", "-m"):
-            raise SettingsError(f"resume={folder}: resumes one run; use resume_sweep=FOLDER for a sweep")
-        if argument.startswith("hydra.run.dir="):
-            raise SettingsError(f"{argument}: the run stays in resume={folder}; leave it out")
-    noted = [text for text in read_settings(folder)["overrides"] if not RESUME.match(text)]
-    for text in noted:
-        if must_be_said(text) and text not in given:
-            raise SettingsError(
-                f"resume={folder}: was started with {text}, which can run code, call an address or write "
-                "elsewhere; give it again to allow it"
-            )
-    place = f'"{folder}"'
-    return [*(text for text in noted if text not in given), *given, f"resume={place}", f"hydra.run.dir={place}"]
+def covers(names: Sequence[str], key: str) -> bool:
+    """Whether `key` is one of the dotted `names`, or below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def folder_given(key: str, arguments: Sequence[str]) -> Path | None:
-    """The folder that KEY=FOLDER names among `arguments`; None for none.
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def noted_in(folder: Path | None, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the run noted that `values` resume, in `folder` or where `resume` says; None if nothing is noted there."""
+    named = Path(str(values["resume"])) if values.get("resume") else None
+    if folder and named and folder.resolve() != named.resolve():
+        raise SettingsError(f"hydra.run.dir={folder}: the run stays in resume={named}; leave it out")
+    place = (folder or named) if named or values.get("resume_sweep") else None
+    return read_settings(place) if place and os.path.isfile(place / SETTINGS_FILE) else None
+
+
+def with_noted(noted: Mapping[str, Any], values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings of a run that noted `noted`, with those of `values` that are given now among `overrides`.
+
+    What is noted alike need not be given, and changes nothing; what the run did not know has the value of `values`.
 
     Raises:
-        SettingsError: if its name would mean something else to Hydra.
+        SettingsError: if a group of settings is given, or a noted value reaches beyond the run and is not given again.
     """
-    values = [text.partition("=")[2] for text in arguments if re.match(rf"\+{{0,2}}{key}=", text)]
-    value = values[-1] if values else "null"
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        value = value[1:-1]
-    if value in ("null", ""):
-        return None
-    if re.search(r"[\"'\\$]", value):
-        raise SettingsError(
-            f"{key}={value}: rename the folder: quotes, backslashes and dollar signs mean something else"
-        )
-    return Path(value)
+    noted_settings, known = noted["settings"], noted["overrides"]
+    unsafe, given = dict(reaching(noted_settings)), []
+    for text in overrides:
+        override = parsed(text)
+        key = override.key_or_group
+        if text in known and not any(covers([key], name) for name in unsafe):
+            continue
+        if override.is_delete() or (CONFIG_FOLDER / key).is_dir():
+            raise SettingsError(f"{text}: a run keeps its settings when it is resumed; {ONLY_THESE}")
+        given.append(key)
+    if again := [to_type(key, value) for key, value in unsafe.items() if not covers(given, key)]:
+        raise SettingsError(f"resume: the run was started with {' '.join(again)}, {ELSEWHERE}")
+    settings = {**values, **noted_settings}
+    for section, content in noted_settings.items():
+        if isinstance(content, dict) and isinstance(values.get(section), dict):
+            settings[section] = {**values[section], **content}
+    base, now = OmegaConf.create(settings), OmegaConf.create(dict(values))
+    for key in given:
+        OmegaConf.update(base, key, OmegaConf.select(now, key), merge=False, force_add=True)
+    result: dict[str, Any] = OmegaConf.to_container(base)  # type: ignore[assignment]
+    return result
 
 
-def must_be_said(override: str) -> bool:
-    """Whether a setting from a folder that may be a stranger's must be given again: it is no plain KEY=VALUE of this
-    suite, names a class that is not Flower's, or could otherwise run code, call an address or write elsewhere.
-    """
-    if "_target_" in override:
-        return not FLOWERS.fullmatch(override)
-    return not HARMLESS.fullmatch(override) or bool(re.search("trust_remote_code(?!=false)", override))
+def reaching(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values of those settings that could run code, call an address or write elsewhere."""
+    for key, value in flat(settings):
+        name = key.rpartition(".")[2]
+        own = key == "strategy._target_" and value == "server.strategies.Alone" and settings.get("baseline") == "alone"
+        if (
+            (name == "_target_" and not FLOWERS.fullmatch(str(value)) and not own)
+            or (name == "trust_remote_code" and value is not False)
+            or (covers(("ray", "model.cache_folder"), key) and value is not None)
+            or (key == "tracker" and value not in (None, "tensorboard"))
+            or (isinstance(value, str) and "${" in value)
+        ):
+            yield key, value
 
 
-def resumed_sweep(arguments: Sequence[str]) -> list[str]:
-    """The command line that `resume_sweep=FOLDER` stands for: the sweep's own, in its own folder.
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of all that is inside `value`, with what stands there."""
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from flat(inner, f"{key}.{name}".lstrip("."))
+    else:
+        yield key, value
 
-    Raises:
-        SettingsError: if there is no sweep in the folder, or it had other settings than those given beside.
-    """
-    folder, mark = folder_given("resume_sweep", arguments), "resume_sweep="
-    if folder is None:
-        return [argument for argument in arguments if argument != f"{mark}null"]
-    try:
-        overrides = OmegaConf.load(folder / "multirun.yaml").hydra.overrides
-        own = [item for item in overrides.task if not RESUME.match(item)]
-        engine = [item for item in overrides.hydra if not item.startswith(("hydra.sweep.dir=", "hydra.mode="))]
-    except (OSError, YAMLError, OmegaConfBaseException, TypeError) as error:
-        raise SettingsError(f"{mark}{folder}: not the folder of a grid sweep (its multirun.yaml is missing)") from error
-    given = [item for item in arguments if not item.startswith(mark) and item not in ("--multirun", "-m")]
-    if given and sorted(given) != sorted([*own, *engine]):
-        raise SettingsError(
-            f"{mark}{folder}: was started with {' '.join([*own, *engine])}; repeat that, or give nothing"
-        )
-    for item in [*own, *(text for text in engine if not HARMLESS_ENGINE.fullmatch(text))]:
-        if item not in given and must_be_said(item):
-            raise SettingsError(
-                f"{mark}{folder}: was started with {item}, which can run code, call an address or write "
-                "elsewhere; repeat the whole command"
-            )
-    return ["--multirun", *own, *engine, f'{mark}"{folder}"', f'hydra.sweep.dir="{folder}"']
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[prefix + key] = (old, new)
+    return found
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """What `claimed` noted in settings.json.
 
     Raises:
-        SettingsError: if that file is missing or damaged.
+        SettingsError: if that file is missing or damaged, or the folder holds links.
     """
     if not folder.is_dir():
         raise SettingsError(f"resume={folder}: there is no such folder")
     if any((folder / name).exists() for name in ("multirun.yaml", "adapter_config.json")):
         raise SettingsError(f"resume={folder}: use resume_sweep= for a sweep; for a checkpoint, name its run folder")
-    if any(path.is_symlink() and not is_best(path) for path in folder.rglob("*")):
-        raise SettingsError(f"resume={folder}: holds links to other places; a run folder has none")
+    check_no_links("resume", folder)
     try:
         content: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
         if all(isinstance(text, str) for text in content["overrides"]) and isinstance(content["settings"], dict):
@@ -129,6 +138,64 @@ def read_settings(folder: Path) -> dict[str, Any]:
     raise SettingsError(f"resume={folder}: not the folder of a run, or its {SETTINGS_FILE} is damaged")
 
 
-def is_best(path: Path) -> bool:
-    """Whether this is a run folder's link to its best checkpoint, and nothing else."""
-    return path.name == BEST_LINK and bool(re.fullmatch(r"peft_[0-9]+", os.readlink(path)))
+def check_no_links(key: str, folder: Path) -> None:
+    """Raise SettingsError if something in `folder` is a link, but for those of run folders to their best checkpoint."""
+    for path in folder.rglob("*"):
+        best = path.name == BEST_LINK and path.is_symlink() and re.fullmatch(r"peft_[0-9]+", os.readlink(path))
+        if path.is_symlink() and not best:
+            raise SettingsError(f"{key}={folder}: holds links to other places; a run folder has none")
+
+
+# --- a sweep --------------------------------------------------------------------------------------
+
+
+def resumed_sweep(arguments: Sequence[str]) -> list[str]:
+    """The command line that `resume_sweep=FOLDER` stands for: the sweep's own in its own folder, and what may change.
+
+    Raises:
+        SettingsError: if there is no sweep in the folder, or it had other settings than those given beside.
+    """
+    mark = "resume_sweep="
+    place = next((parsed(text).value() for text in reversed(arguments) if text.lstrip("+").startswith(mark)), None)
+    if not place:
+        return list(arguments)
+    folder = Path(str(place))
+    given = [text for text in arguments if not RESUME.match(text) and text not in ("--multirun", "-m")]
+    try:
+        overrides = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
+        noted = [*map(str, overrides["task"]), *map(str, overrides["hydra"])]
+        noted = [text for text in noted if not re.match(r"hydra\.(sweep\.dir|mode)=", text) and not RESUME.match(text)]
+    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError) as error:
+        raise SettingsError(f"{mark}{folder}: not the folder of a grid sweep (its multirun.yaml is missing)") from error
+    check_no_links("resume_sweep", folder)
+    changes = [text for text in given if text not in noted]
+    for text in changes:
+        if text.startswith("-") or not covers(MAY_CHANGE, parsed(text).key_or_group):
+            raise SettingsError(
+                f"{mark}{folder}: was started with {shlex.join(noted)}; repeat that, or give nothing: {ONLY_THESE}"
+            )
+    if again := [text for text in noted if text not in given and reaches_out(text)]:
+        raise SettingsError(f"{mark}{folder}: was started with {shlex.join(again)}, {ELSEWHERE}")
+    here = written(str(folder))
+    return ["--multirun", *noted, *changes, f"{mark}{here}", f"hydra.sweep.dir={here}"]
+
+
+def reaches_out(text: str) -> bool:
+    """Whether an override of a sweep that may be a stranger's could do more than set values within the run.
+
+    A launcher or sweeper out of those that are installed here could not, nor could numbers for them.
+    """
+    try:
+        override = parsed(text)
+        options = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+        values = [parsed(f"key={option}").value() for option in options] or [override.value()]
+    except (HydraException, ValueError):
+        return True
+    key = override.key_or_group
+    if re.fullmatch(r"hydra/(launcher|sweeper)", key):
+        return not all(str(value).isidentifier() for value in values)
+    if re.fullmatch(r"hydra\.(launcher|sweeper)\.[a-z]\w*", key):
+        return not all(isinstance(value, int | float | None) for value in values)
+    if override.is_delete() or override.package or key.startswith("hydra") or "$" in text or ".." in text:
+        return True
+    return any(reaches for value in values for reaches in reaching({key: value}))

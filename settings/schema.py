@@ -1,6 +1,6 @@
 """Typed settings: what `conf/` may say, and one clear line for whatever it may not.
 
-Every default is written in `conf/`; this schema holds types, meanings and ranges. settings/compose.py makes a
+Every default is written in `conf/`; this schema holds types, meanings and rules. settings/compose.py makes a
 `RunConfig` of Hydra's overrides. Imports nothing of ours.
 """
 
@@ -8,19 +8,20 @@ import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
 PASSED_ON = ("model.lora", "dataset.partitioner", "train.training_arguments", "strategy")
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
-TRANSFERS = ("fp32", "fp16", "int8")
-BASELINES = ("alone", "central")
 # the only names of a server's run that mean something everywhere: what the suite ships, and OWNER/NAME of the Hub
 SHIPPED_NAMES = ("quickstart/data/train.jsonl", "quickstart/data/heldout.jsonl", "quickstart/model")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 MISSING: Any = "???"  # OmegaConf's word for a value that conf/ has to give
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
 
 class SettingsError(ValueError):
@@ -34,150 +35,185 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says what happened and to whom."""
 
 
-def ranged(low: float | None = None, high: float | None = None, *, above: float | None = None) -> Any:
-    """A required number in [low, high], or in (above, high]."""
-    return field(default=MISSING, metadata={"low": low, "high": high, "above": above})
+def not_a(*kinds: type) -> BeforeValidator:
+    """Refuses what pydantic would take for a number, but nobody would write for one."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, kinds):
+            raise ValueError
+        return value
+
+    return BeforeValidator(check)
 
 
-def choice(*allowed: str) -> Any:
-    """A required string out of `allowed`."""
-    return field(default=MISSING, metadata={"allowed": allowed})
+Whole = Annotated[int, not_a(bool, float)]
+Number = Annotated[float, not_a(bool)]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
+
+
+def required(**rules: Any) -> Any:
+    """A setting that conf/ gives a value; `rules` are pydantic's."""
+    return Field(default=MISSING, **rules)
 
 
 def passed_on() -> Any:
     """Keyword arguments of a library's class: any key may be set; `check_keywords` knows which exist."""
-
-    def made() -> Any:
-        from omegaconf import OmegaConf
-
-        return OmegaConf.create({}, flags={"struct": False})
-
-    return field(default_factory=made)
+    return Field(default_factory=dict)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class ModelConfig:
-    name: str = MISSING
+    name: str = required()
     """Hub id or local folder of the base model."""
-    quantization: str = choice("4", "8", "none")
+    quantization: str = required(pattern="^(4|8|none)$", description="one of 4, 8, none")
     """Bits of the frozen weights. The adapter is always float32."""
-    trust_remote_code: bool = MISSING
+    trust_remote_code: bool = required()
     """Run Python code that the model's repository brings along."""
-    cache_folder: str | None = MISSING
+    cache_folder: str | None = required()
     """Keep the quantized base model here, so that it loads many times faster the next time."""
     lora: dict[str, Any] = passed_on()
     """Fields of `peft.LoraConfig`."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class DatasetConfig:
-    name: str = MISSING
+    name: str = required()
     """Hub id, or a local JSON, JSONL, CSV or Parquet file, or a folder of them."""
-    split: str = MISSING
+    split: str = required()
     """Split of a Hub data set."""
-    eval_name: str | None = MISSING
+    eval_name: str | None = required()
     """As `name`: rows that nobody trains on, for `evaluate.every_rounds`."""
-    eval_split: str = MISSING
+    eval_split: str = required()
     """As `split`, of `eval_name`."""
-    category_column: str = MISSING
+    category_column: str = required()
     """Column by whose values held-out rows are also evaluated, where the data has it."""
-    template: str = MISSING
+    template: str = required()
     """A template of conf/template, a Jinja chat template's path, or `tokenizer` for the model's own."""
-    holdout: float = ranged(0.0, 0.5)
+    holdout: Number = required(ge=0, le=0.5)
     """Share of each partition's different rows that is never trained on, for evaluation on the clients."""
     partitioner: dict[str, Any] = passed_on()
     """`_target_`: a flwr_datasets partitioner; the rest are its arguments."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class TrainConfig:
-    learning_rate_max: float = ranged(above=0.0, high=1.0)
+    learning_rate_max: Number = required(gt=0, le=1)
     """Learning rate of the first round."""
-    learning_rate_min: float = ranged(0.0, 1.0)
+    learning_rate_min: Number = required(ge=0, le=1)
     """Learning rate of the last round; cosine in between, constant within a round."""
-    baseline_learning_rate_max: float | None = ranged(above=0.0, high=1.0)
+    baseline_learning_rate_max: Number | None = required(gt=0, le=1)
     """Learning rate of the first round where `baseline` is set; null for the same."""
-    seq_length: int = ranged(16)
+    seq_length: Whole = required(ge=16)
     """Longest row, in tokens, prompt and response together."""
-    micro_batch_size: int = ranged(1)
+    micro_batch_size: Whole = required(ge=1)
     """Rows in one forward pass. It does not change the gradient, only memory and padding."""
-    save_every_round: int = ranged(1)
+    save_every_round: Whole = required(ge=1)
     """Rounds between two checkpoints; the last round is always saved."""
-    keep_checkpoints: int | None = ranged(1)
+    keep_checkpoints: Whole | None = required(ge=1)
     """How many checkpoints to keep besides the one with the lowest held-out loss; null keeps all."""
-    early_stop_rounds: int | None = ranged(1)
+    early_stop_rounds: Whole | None = required(ge=1)
     """The run ends when the held-out loss was lowest this many rounds ago; null never."""
     training_arguments: dict[str, Any] = passed_on()
     """Fields of `trl.SFTConfig`."""
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of one optimizer step."""
+        arguments = self.training_arguments
+        return int(arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"])
 
-@dataclass(kw_only=True)
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        arguments = self.training_arguments
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
+            value = arguments.get(key)
+            if type(value) is not int or value < 1:
+                raise SettingsError(f"train.training_arguments.{key}={value}: use a whole number of at least 1")
+        if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type", "constant") == "constant":
+            raise SettingsError(
+                f"train.training_arguments.warmup_steps={arguments['warmup_steps']}: has no effect on a constant rate; "
+                "set train.training_arguments.lr_scheduler_type=constant_with_warmup too"
+            )
+        if self.learning_rate_min > self.learning_rate_max:
+            raise SettingsError(
+                f"train.learning_rate_min={self.learning_rate_min}: use at most train.learning_rate_max, "
+                f"which is {self.learning_rate_max}"
+            )
+        if self.batch_size % min(self.micro_batch_size, self.batch_size):
+            raise SettingsError(
+                f"train.micro_batch_size={self.micro_batch_size}: use a divisor of the {self.batch_size} rows of one "
+                "step (per_device_train_batch_size x gradient_accumulation_steps)"
+            )
+        return self
+
+
+@dataclass(kw_only=True, config=STRICT)
 class EvaluateConfig:
-    every_rounds: int = ranged(1)
+    every_rounds: Whole = required(ge=1)
     """Rounds between two evaluations on `dataset.eval_name`; also before the first round and after the last."""
-    answers: int = ranged(0)
+    answers: Whole = required(ge=0)
     """Held-out rows that are also answered, greedily, for exact match and ROUGE-L."""
-    max_new_tokens: int = ranged(1)
+    max_new_tokens: Whole = required(ge=1)
     """Longest answer, in tokens."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class SamplingConfig:
     """The keys of `strategy` that are ours; all others go to the strategy's constructor."""
 
-    fraction_fit: float = ranged(above=0.0, high=1.0)
+    fraction_fit: Number = required(gt=0, le=1)
     """Share of the clients that train in a round."""
-    fraction_evaluate: float = ranged(0.0, 1.0)
+    fraction_evaluate: Number = required(ge=0, le=1)
     """Share of the clients that evaluate the new adapter on their held-out rows after a round."""
-    round_timeout_s: float = ranged(above=0.0)
+    round_timeout_s: Number = required(gt=0)
     """Seconds after which a round goes on without the clients that have not answered."""
-    min_replies: int = ranged(1)
+    min_replies: Whole = required(ge=1)
     """Good replies that a round needs."""
-    round_retries: int = ranged(0)
+    round_retries: Whole = required(ge=0)
     """How often a round with too few good replies asks other clients, before the run ends."""
-    max_norm_ratio: float | None = ranged(above=1.0)
+    max_norm_ratio: Number | None = required(gt=1)
     """An update whose norm is above this many times the round's median is dropped; null accepts all."""
-    max_bytes: float | None = ranged(1)
+    max_bytes: Number | None = required(ge=1)
     """Bytes of adapters, down and up: the run ends before the round that would exceed them; null never."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class ClientResources:
-    num_cpus: int = ranged(1)
+    num_cpus: Whole = required(ge=1)
     """CPU cores, and compute threads, of one worker."""
-    num_gpus: float = ranged(0.0)
+    num_gpus: Number = required(ge=0)
     """GPUs of one worker; 0.5 puts two workers, with a base model each, on one GPU."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class RayConfig:
-    address: str | None = MISSING
+    address: str | None = required()
     """Address of a running Ray cluster (or `auto`); null: plain processes of this machine, without Ray."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=STRICT)
 class RunConfig:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    dataset: DatasetConfig = Field(default_factory=DatasetConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     strategy: dict[str, Any] = passed_on()
     """`_target_`: any Flower strategy; `SamplingConfig` and the strategy's own arguments."""
-    client_resources: ClientResources = field(default_factory=ClientResources)
-    ray: RayConfig = field(default_factory=RayConfig)
-    num_clients: int = ranged(1)
-    num_rounds: int = ranged(1)
-    seed: int = ranged(0, 2**31 - 1)
-    transfer: str = choice(*TRANSFERS)
+    client_resources: ClientResources = Field(default_factory=ClientResources)
+    ray: RayConfig = Field(default_factory=RayConfig)
+    num_clients: Whole = required(ge=1)
+    num_rounds: Whole = required(ge=1)
+    seed: Whole = required(ge=0, le=2**31 - 1)
+    transfer: Literal["fp32", "fp16", "int8"] = required()
     """How adapters travel: whole in float32, or as differences in float16 or 8-bit integers."""
-    baseline: str | None = field(default=MISSING, metadata={"allowed": (None, *BASELINES)})
+    baseline: Literal["alone", "central"] | None = required()
     """What to train instead of the federation, with as many optimizer steps, to compare it with. See `as_baseline`."""
-    dry_run: bool = MISSING
-    tracker: str | None = field(default=MISSING, metadata={"allowed": (None, *TRACKERS)})
+    dry_run: bool = required()
+    tracker: Tracker | None = required()
     """Where the numbers of each round go besides metrics.jsonl, through accelerate's trackers."""
-    resume: str | None = MISSING
+    resume: str | None = required()
     """Folder of an interrupted run: it resumes from its last checkpoint."""
-    resume_sweep: str | None = MISSING
+    resume_sweep: str | None = required()
     """Folder of an interrupted sweep: its complete jobs are not run again."""
 
     @property
@@ -188,8 +224,7 @@ class RunConfig:
     @property
     def batch_size(self) -> int:
         """Rows of one optimizer step."""
-        arguments = self.train.training_arguments
-        return arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+        return self.train.batch_size
 
     @property
     def clients_per_round(self) -> int:
@@ -222,81 +257,34 @@ def share_of(count: int, fraction: float) -> int:
     return int(count * fraction + 1e-9)
 
 
-def check_ranges(settings: Any, prefix: str = "") -> None:
-    """Raise SettingsError for the first field, nested ones included, outside its declared range."""
-    for entry in fields(settings):
-        key, value, rule = prefix + entry.name, getattr(settings, entry.name), entry.metadata
-        if is_dataclass(value):
-            check_ranges(value, key + ".")
-        elif "allowed" in rule and value not in rule["allowed"]:
-            known = ", ".join("null" if allowed is None else allowed for allowed in rule["allowed"])
-            raise SettingsError(f"{key}={value}: use one of {known}")
-        elif "low" in rule and value is not None and not in_range(value, rule):
-            raise SettingsError(f"{key}={value}: use {describe_range(rule)}")
-
-
-def in_range(value: float, rule: Mapping[str, float | None]) -> bool:
-    low, high, above = rule["low"], rule["high"], rule["above"]
-    return (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
-
-
-def describe_range(rule: Mapping[str, float | None]) -> str:
-    low, high, above = rule["low"], rule["high"], rule["above"]
-    start = f"a number above {above:.10g}" if above is not None else f"a number of at least {low:.10g}"
-    return start + ("" if high is None else f" and at most {high:.10g}")
-
-
 def check_together(config: RunConfig) -> None:
-    """Rules that span several keys."""
-    train, sampling = config.train, config.sampling
-    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
-        value = train.training_arguments.get(key)
-        if type(value) is not int or value < 1:
-            raise SettingsError(f"train.training_arguments.{key}={value}: use a whole number of at least 1")
-    arguments = train.training_arguments
-    if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type", "constant") == "constant":
-        raise SettingsError(
-            f"train.training_arguments.warmup_steps={arguments['warmup_steps']}: has no effect on a constant rate; "
-            "set train.training_arguments.lr_scheduler_type=constant_with_warmup too"
-        )
-    if train.learning_rate_min > train.learning_rate_max:
-        raise SettingsError(
-            f"train.learning_rate_min={train.learning_rate_min}: use at most train.learning_rate_max, "
-            f"which is {train.learning_rate_max}"
-        )
+    """Rules that span several sections."""
+    train, sampling, num_clients = config.train, config.sampling, config.num_clients
     if config.baseline and train.learning_rate_min > (train.baseline_learning_rate_max or train.learning_rate_max):
         raise SettingsError(
             f"train.baseline_learning_rate_max={train.baseline_learning_rate_max}: use at least "
             f"train.learning_rate_min, which is {train.learning_rate_min}"
         )
-    if config.batch_size % min(train.micro_batch_size, config.batch_size):
-        raise SettingsError(
-            f"train.micro_batch_size={train.micro_batch_size}: use a divisor of the {config.batch_size} rows of one "
-            "step (per_device_train_batch_size x gradient_accumulation_steps)"
-        )
     if not config.clients_per_round:
         raise SettingsError(
-            f"strategy.fraction_fit={sampling.fraction_fit}: selects none of num_clients={config.num_clients}; "
-            f"use at least {1 / config.num_clients:g}"
+            f"strategy.fraction_fit={sampling.fraction_fit}: selects none of num_clients={num_clients}; "
+            f"use at least {1 / num_clients:g}"
         )
     if sampling.min_replies > config.clients_per_round:
         raise SettingsError(
             f"strategy.min_replies={sampling.min_replies}: a round has {config.clients_per_round} clients "
             "(num_clients x strategy.fraction_fit); use at most that, or a larger strategy.fraction_fit"
         )
-    check_measured(config)
-    for key, section in (("strategy", config.strategy), ("dataset.partitioner", config.dataset.partitioner)):
-        if not isinstance(section.get("_target_"), str):
-            raise SettingsError(f"{key}._target_={section.get('_target_')}: use the import path of a class")
-
-
-def check_measured(config: RunConfig) -> None:
-    """Rules about held-out rows, and what follows from them."""
-    train, sampling = config.train, config.sampling
-    if sampling.fraction_evaluate and not share_of(config.num_clients, sampling.fraction_evaluate):
+    share = sampling.fraction_evaluate
+    if share and not share_of(num_clients, share) and config.baseline != "central":  # whose one client always does
         raise SettingsError(
-            f"strategy.fraction_evaluate={sampling.fraction_evaluate}: selects none of "
-            f"num_clients={config.num_clients}; use 0, or at least {1 / config.num_clients:g}"
+            f"strategy.fraction_evaluate={share}: selects none of num_clients={num_clients}; use 0, or at least "
+            f"{1 / num_clients:g}"
+        )
+    if share and not config.dataset.holdout:
+        raise SettingsError(
+            f"strategy.fraction_evaluate={share}: clients have no rows to evaluate on; "
+            "set dataset.holdout, for example 0.05"
         )
     if train.early_stop_rounds and not config.is_measured:
         raise SettingsError(
@@ -308,11 +296,9 @@ def check_measured(config: RunConfig) -> None:
             f"train.early_stop_rounds={train.early_stop_rounds}: cannot end a run of num_rounds={config.num_rounds}; "
             "use less"
         )
-    if sampling.fraction_evaluate and not config.dataset.holdout:
-        raise SettingsError(
-            f"strategy.fraction_evaluate={sampling.fraction_evaluate}: clients have no rows to evaluate on; "
-            "set dataset.holdout, for example 0.05"
-        )
+    for key, section in (("strategy", config.strategy), ("dataset.partitioner", config.dataset.partitioner)):
+        if not isinstance(section.get("_target_"), str):
+            raise SettingsError(f"{key}._target_={section.get('_target_')}: use the import path of a class")
 
 
 def check_budget(config: RunConfig, payload_bytes: int, once_bytes: int) -> None:
@@ -376,6 +362,58 @@ def check_keywords(key: str, given: Mapping[str, Any], target: Any, managed: Map
         default = parameters[name].default if name in parameters else None
         if type(default) in (int, float) and (isinstance(value, str) or value is None):
             raise SettingsError(f"{key}.{name}={value}: use a number")
+
+
+KINDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}
+BOUNDS = {  # as pydantic's JSON schemas name them
+    "ge": "of at least", "minimum": "of at least", "gt": "above", "exclusiveMinimum": "above",
+    "le": "at most", "maximum": "at most", "lt": "below", "exclusiveMaximum": "below",
+}  # fmt: skip
+
+
+def made(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """The settings of this `kind` that have these `values`.
+
+    Raises:
+        SettingsError: for the first that is unknown, of another type, out of range, or does not fit the others.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(reason := first.get("ctx", {}).get("error"), SettingsError):
+            raise reason from error
+        whole = rule = TypeAdapter(kind).json_schema()
+        value, key = values, prefix.rstrip(".")
+        for name in first["loc"]:
+            if name not in rule.get("properties", {}):
+                break
+            key, value, rule = f"{key}.{name}".lstrip("."), value[str(name)], rule["properties"][name]
+            rule = whole["$defs"][rule["$ref"].rpartition("/")[2]] if "$ref" in rule else rule
+        if first["type"] == "unexpected_keyword_argument":
+            key = f"{key}.{first['loc'][-1]}".lstrip(".")
+            raise SettingsError(f"{key}: there is no such setting{suggest(key, setting_names())}") from error
+        raise SettingsError(f"{key}={'null' if value is None else value}: {allowed(key, value, rule)}") from error
+
+
+def allowed(key: str, value: Any, rule: Mapping[str, Any]) -> str:
+    """What to do about a value that breaks the `rule` of its setting, a JSON schema."""
+    options = rule.get("anyOf", [rule])
+    kind = options[0]
+    if kind.get("type") == "object" and "description" not in rule:
+        return f"holds several settings; set them one by one, as {key}.KEY=VALUE"
+    if value is None:
+        return "needs a value"
+    if "description" in rule:
+        return f"use {rule['description']}"
+    if "enum" in kind:
+        words = "one of " + ", ".join(kind["enum"])
+    elif kind["type"] == "string":
+        words = f"text; where it holds brackets, commas or the like, in quotes: '{key}=\"...\"'"
+    else:
+        bounds = [f"{BOUNDS[name]} {kind[name]:.10g}" for name in BOUNDS if name in kind]
+        words = " ".join([KINDS[kind["type"]], " and ".join(bounds)]).rstrip()
+    return f"use {words}" + (", or null" if len(options) > 1 else "")
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

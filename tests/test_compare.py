@@ -146,10 +146,12 @@ def test_resumed_sweep_must_be_one_and_have_the_same_settings(tmp_path):
     (tmp_path / "multirun.yaml").write_text(
         json.dumps({"hydra": {"overrides": {"task": ["seed=1,2"], "hydra": noted}}})
     )
-    continued = ["--multirun", "seed=1,2", "hydra/launcher=joblib", f'resume_sweep="{tmp_path}"']
-    continued.append(f'hydra.sweep.dir="{tmp_path}"')
-    assert resumed_sweep([f"resume_sweep={tmp_path}"]) == continued
-    assert resumed_sweep(["--multirun", "seed=1,2", f"resume_sweep={tmp_path}", "hydra/launcher=joblib"]) == continued
+    own = ["--multirun", "seed=1,2", "hydra/launcher=joblib"]
+    place = [f"resume_sweep={tmp_path}", f"hydra.sweep.dir={tmp_path}"]
+    assert resumed_sweep([f"resume_sweep={tmp_path}"]) == [*own, *place]
+    assert resumed_sweep([*own, f"resume_sweep={tmp_path}"]) == [*own, *place]
+    harmless = "train.micro_batch_size=2"
+    assert resumed_sweep([f"resume_sweep={tmp_path}", harmless]) == [*own, harmless, *place]
     with pytest.raises(SettingsError, match="was started with seed=1,2 hydra/launcher=joblib; repeat that"):
         resumed_sweep(["--multirun", "seed=1,3", f"resume_sweep={tmp_path}"])
     assert resumed_sweep(["seed=1"]) == ["seed=1"]

@@ -2,16 +2,21 @@
 
 import dataclasses
 import re
+import shlex
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from learning import training
 from server import engine, plan, simulation
-from settings.compose import canonical, compose
+from settings.compose import compose
+from settings.overrides import canonical, parsed, to_type
 from settings.schema import CONFIG_FOLDER, SamplingConfig, SettingsError
 from tests.conftest import call_main, small
 
@@ -110,13 +115,13 @@ def test_arguments_of_a_library_may_be_set_without_being_listed():
 
 BAD = {
     "num_rouns=3": "num_rouns: there is no such setting; did you mean num_rounds",
-    "num_rounds=0": "num_rounds=0: use a number of at least 1",
-    "num_rounds=-5": "num_rounds=-5: use a number of at least 1",
+    "num_rounds=0": "num_rounds=0: use a whole number of at least 1",
+    "num_rounds=-5": "num_rounds=-5: use a whole number of at least 1",
     "num_rounds=abc": "num_rounds=abc: use a whole number",
     "num_rounds=1.5": "num_rounds=1.5: use a whole number",
     "num_rounds=null": "num_rounds=null: needs a value",
-    "num_clients=0": "num_clients=0: use a number of at least 1",
-    "seed=-1": "seed=-1: use a number of at least 0",
+    "num_clients=0": "num_clients=0: use a whole number of at least 1",
+    "seed=-1": "seed=-1: use a whole number of at least 0",
     "dry_run=maybe": "dry_run=maybe: use true or false",
     "model.quantization=3": "model.quantization=3: use one of 4, 8, none",
     "model.nam=x": "model.nam: there is no such setting; did you mean model.name",
@@ -125,16 +130,16 @@ BAD = {
     "model.lora.r=many": "model.lora.r=many: use a number",
     "model.lora.lora_dropout=1.5": "model.lora.lora_dropout=1.5: use a number of at least 0 and below 1",
     "model.lora.init_lora_weights=pissa": "model.lora.init_lora_weights=pissa: use one of True, gaussian",
-    "train.learning_rate_max=0": "train.learning_rate_max=0.0: use a number above 0",
+    "train.learning_rate_max=0": "train.learning_rate_max=0: use a number above 0",
     "train.learning_rate_min=0.5": "train.learning_rate_min=0.5: use at most train.learning_rate_max",
-    "train.seq_length=4": "train.seq_length=4: use a number of at least 16",
+    "train.seq_length=4": "train.seq_length=4: use a whole number of at least 16",
     "train.micro_batch_size=5": "train.micro_batch_size=5: use a divisor of the 16 rows",
-    "train.save_every_round=0": "train.save_every_round=0: use a number of at least 1",
+    "train.save_every_round=0": "train.save_every_round=0: use a whole number of at least 1",
     "train.training_arguments.max_steps=0": "train.training_arguments.max_steps=0: use a whole number",
     "train.training_arguments.learning_rate=1": "train.training_arguments.learning_rate=1: decided by this suite",
     "train.training_arguments.maxsteps=1": "train.training_arguments.maxsteps=1: SFTConfig has no such field; did you",
     "train.training_arguments.optim=sgdd": "train.training_arguments: sgdd is not a valid Opt",
-    "strategy.fraction_fit=0": "strategy.fraction_fit=0.0: use a number above 0",
+    "strategy.fraction_fit=0": "strategy.fraction_fit=0: use a number above 0",
     "strategy.fraction_fit=1.5": "strategy.fraction_fit=1.5: use a number above 0 and at most 1",
     "strategy.fraction_fit=0.01": "strategy.fraction_fit=0.01: selects none of num_clients=20; use at least 0.05",
     "fraction_fit.fraction_fit=x": "strategy.fraction_fit=x: use a number",
@@ -148,19 +153,31 @@ BAD = {
     "dataset.partitioner._target_=x.Y": "dataset.partitioner._target_=x.Y: there is no such class",
     "dataset.partitioner.alpha=1": "dataset.partitioner.alpha=1: IidPartitioner has no such field",
     "dataset.holdout=0.9": "dataset.holdout=0.9: use a number of at least 0 and at most 0.5",
-    "client_resources.num_cpus=0": "client_resources.num_cpus=0: use a number of at least 1",
+    "client_resources.num_cpus=0": "client_resources.num_cpus=0: use a whole number of at least 1",
     "+foo=1": "foo: there is no such setting",
     "+train.lr=3": "train.lr: there is no such setting",
     "strategy=null": "a group of settings cannot be null: name one",
-    "model.lora=null": "model.lora=None: holds several settings",
-    "train.training_arguments=null": "train.training_arguments=None: holds several settings",
+    "model.lora=null": "model.lora=null: holds several settings",
+    "train.training_arguments=null": "train.training_arguments=null: holds several settings",
     "model.lora.lora_dropout=null": "model.lora.lora_dropout=None: use a number",
     "model.lora.inference_mode=true": "model.lora.inference_mode=True: decided by this suite",
     "train.training_arguments.max_grad_norm=abc": "train.training_arguments.max_grad_norm=abc: use a number",
     "train.training_arguments.warmup_steps=5": "train.training_arguments.warmup_steps=5: has no effect",
     "strategy.fraction_evaluate=0.01": "strategy.fraction_evaluate=0.01: selects none of num_clients=20",
     "strategy._target_=flwr.serverapp.strategy.DifferentialPrivacyClientSideFixedClipping": "use its server-side twin",
-    "num_rounds=[1": "the command line cannot be parsed",
+    "num_rounds=[1": "num_rounds=[1: Hydra cannot read this",
+    "num_rounds=true": "num_rounds=True: use a whole number",
+    "num_rounds=3.0": "num_rounds=3.0: use a whole number",
+    "strategy.fraction_fit=true": "strategy.fraction_fit=True: use a number",
+    "train.keep_checkpoints=0": "train.keep_checkpoints=0: use a whole number of at least 1, or null",
+    "transfer=zip": "transfer=zip: use one of fp32, fp16, int8",
+    "tracker=excel": "tracker=excel: use one of tensorboard, wandb, ",
+    "train=null": "train=null: holds several settings; set them one by one, as train.KEY=VALUE",
+    "model.name=[x]": "model.name=['x']: use text; where it holds brackets",
+    "hydra.run.dir=[x]": "hydra.run.dir=['x']: use text; where it holds brackets",
+    "~num_rounds": "num_rounds: needs a value",
+    "~strategy.fraction_fit": "strategy.fraction_fit=null: needs a value",
+    "größe=1": "größe: there is no such setting",
     "dataset.split": "dataset.split: is not KEY=VALUE",
 }
 
@@ -201,6 +218,35 @@ def test_command_line_as_a_process_ends_with_one_line_and_exit_code_2(tmp_path):
     assert re.match(r"error: client_resources.num_cpus=999.*: this machine has \d+ CPU cores", done.stderr)
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr in (tmp_path / "error.txt").read_text().join(["error: ", ""])
+
+
+@pytest.mark.parametrize("name", ["/data/my rows(1).jsonl", "größe=1.jsonl", "データ.jsonl", "a#b&c;d", "[x", "it's"])
+def test_value_that_hydra_cannot_read_is_said_how_to_quote(name):
+    """What the message tells people to type, a shell and Hydra turn into what they meant."""
+    with pytest.raises(
+        SettingsError, match="Hydra cannot read this; .* needs quotes, for the shell and for Hydra: "
+    ) as e:
+        compose([f"dataset.name={name}"])
+    [typed] = shlex.split(str(e.value).split("for Hydra: ")[1])
+    assert compose([typed]).dataset.name == name
+
+
+TEXTS = st.text("ab/\\\"'$ {}()[],=:~#ö本\t1.-+*&", max_size=8)
+
+
+VALUES = st.recursive(
+    TEXTS | st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.just("k"), inner),
+    max_leaves=4,
+)
+
+
+@given(VALUES)
+@settings(max_examples=500, deadline=None, derandomize=True)
+def test_written_values_are_read_back_by_hydra(value):
+    [text] = shlex.split(to_type("key", value))
+    read = OmegaConf.create({"key": parsed(text).value()})
+    assert OmegaConf.to_container(read, resolve=True)["key"] == value
 
 
 def test_more_clients_than_rows_is_refused():

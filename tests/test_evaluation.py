@@ -563,8 +563,8 @@ def test_checkpoint_needs_no_links(tmp_path, monkeypatch, caplog):
     ("setting", "message"),
     [
         ("train.early_stop_rounds=2", "nothing is held out to measure; set dataset.eval_name, or strategy.fraction"),
-        ("baseline=nosuch", "baseline=nosuch: use one of null, alone, central"),
-        ("evaluate.every_rounds=0", "evaluate.every_rounds=0: use a number of at least 1"),
+        ("baseline=nosuch", "baseline=nosuch: use one of alone, central, or null"),
+        ("evaluate.every_rounds=0", "evaluate.every_rounds=0: use a whole number of at least 1"),
     ],
 )
 def test_wrong_setting_gets_one_clear_line(setting, message):

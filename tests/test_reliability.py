@@ -1,9 +1,11 @@
 """The fault matrix of docs/reliability.md: every fault for real, and what is left of the run afterwards."""
 
+import dataclasses
 import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from omegaconf import OmegaConf
 from safetensors.numpy import load_file
 
 import app
@@ -27,10 +30,12 @@ from exchange.guard import outliers
 from exchange.transfer import to_record
 from learning import memory, training
 from runs import checkpoint, runfolder, stopping
-from settings import resume
+from settings.compose import compose
+from settings.overrides import parsed, to_type
 from settings.resume import resumed_sweep
 from settings.schema import RunError, SettingsError
 from tests.conftest import (
+    SMALL,
     Clients,
     LocalGrid,
     call_main,
@@ -270,7 +275,7 @@ def test_folder_belongs_to_one_process_and_one_run(tmp_path):
         (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(SettingsError, match="holds the results of another run; choose another folder, or resume="):
         runfolder.claimed(tmp_path, config, []).__enter__()
-    with runfolder.claimed(tmp_path, small(f"resume={tmp_path}"), []) as resumes:
+    with runfolder.claimed(tmp_path, compose([f"resume={tmp_path}"]), []) as resumes:
         assert resumes
 
 
@@ -290,7 +295,7 @@ def test_folder_belongs_to_one_process_and_one_run(tmp_path):
 def test_run_goes_on_only_with_settings_that_give_the_same_results(override, allowed, tmp_path):
     with runfolder.claimed(tmp_path, small(), []):
         pass
-    config = small(override, f"resume={tmp_path}")
+    config = compose([override, f"resume={tmp_path}"])
     if allowed:
         with runfolder.claimed(tmp_path, config, []):
             pass
@@ -307,20 +312,57 @@ def test_run_does_not_go_on_with_other_rows(tmp_path):
             runfolder.check_data(tmp_path, {"rows": 3, "sha256_of_sample": "b"})
 
 
-def write_settings(folder: Path, *overrides: str) -> None:
-    (folder / "settings.json").write_text(json.dumps({"overrides": overrides, "settings": {}}))
+def write_settings(folder: Path, *overrides: str, **values) -> None:
+    """A settings.json as runs note it: what `small` is, and over it values that a stranger may have written."""
+    noted = dataclasses.asdict(small())
+    for key, value in values.items():
+        section, _, name = key.partition("__")
+        if name:
+            noted[section][name] = value
+        else:
+            noted[section] = value
+    (folder / "settings.json").write_text(json.dumps({"overrides": [*SMALL, *overrides], "settings": noted}))
 
 
-def test_resume_stands_for_the_runs_own_command_line(tmp_path):
-    write_settings(tmp_path, "experiment=quickstart", "seed=1", "resume=x")
-    place = [f'resume="{tmp_path}"', f'hydra.run.dir="{tmp_path}"']
-    assert resume.resumed_run([f"resume={tmp_path}"]) == ["experiment=quickstart", "seed=1", *place]
-    assert resume.resumed_run([f"resume={tmp_path}", "ray.address=auto"]) == [
-        "experiment=quickstart", "seed=1", "ray.address=auto", *place
-    ]  # fmt: skip
-    assert resume.resumed_run(["seed=1", "resume=null"]) == ["seed=1", "resume=null"]
-    with pytest.raises(SettingsError, match="resume_sweep"):
-        resume.resumed_run(["--multirun", f"resume={tmp_path}"])
+def test_resume_stands_for_the_values_that_the_run_noted(tmp_path):
+    write_settings(tmp_path, "seed=1", seed=1, num_rounds=7)
+    config = compose([f"resume={tmp_path}"])
+    assert (config.seed, config.num_rounds, config.model.lora["r"], config.resume) == (1, 7, 4, str(tmp_path))
+    assert config == compose([*SMALL, "seed=1", f"resume={tmp_path}"]), "what is repeated changes nothing"
+    assert compose([f"resume={tmp_path}", "ray.address=auto"]).ray.address == "auto"
+    runfolder.check_same(tmp_path, compose([f"resume={tmp_path}", "client_resources.num_cpus=2"]))
+    with pytest.raises(SettingsError, match="seed=2: the run in .* has seed=1; only these may change"):
+        runfolder.check_same(tmp_path, compose([f"resume={tmp_path}", "seed=2"]))
+    with pytest.raises(SettingsError, match="strategy=fedadam: a run keeps its settings when it is resumed"):
+        compose([f"resume={tmp_path}", "strategy=fedadam"])
+    assert compose(["seed=1", "resume=null"]).resume is None
+
+
+def test_resumed_baseline_is_not_multiplied_again(tmp_path):
+    for name in ("alone", "central"):
+        config = small(f"baseline={name}", "strategy.fraction_evaluate=0.5", "dataset.holdout=0.2")
+        (tmp_path / "settings.json").write_text(json.dumps({"overrides": [], "settings": dataclasses.asdict(config)}))
+        assert runfolder.changed_settings(tmp_path, compose([f"resume={tmp_path}"])).keys() == {"resume"}
+
+
+def test_settings_that_came_after_the_run_have_their_default(tmp_path):
+    write_settings(tmp_path)
+    content = json.loads((tmp_path / "settings.json").read_text())
+    del content["settings"]["evaluate"]["answers"], content["settings"]["tracker"]
+    (tmp_path / "settings.json").write_text(json.dumps(content))
+    assert compose([f"resume={tmp_path}"]).evaluate.answers == 0
+
+
+def test_run_stays_in_its_folder_and_is_no_sweep(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_settings(run)
+    for wrong, said in (
+        (f"hydra.run.dir={tmp_path / 'other'}", f"hydra.run.dir={tmp_path / 'other'}: the run stays in resume={run}"),
+        ("--multirun", f"resume={run}: resumes one run; use resume_sweep=FOLDER for a sweep"),
+    ):
+        assert call_main(f"resume={run}", wrong) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"overrides": [1], "settings": {}}', "\0"])
@@ -332,58 +374,114 @@ def test_folder_without_readable_settings_gets_one_line(content, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "evil",
+    ("evil", "again"),
     [
-        "strategy._target_=os.system",
-        "+strategy.x._target_=os.system",
-        "+strategy.strategy={_target_: os.system}",
-        "+strategy.strategy={'_target_':'os.system'}",
-        "model.trust_remote_code=true",
-        "hydra/launcher=joblib",
-        "+hydra.callbacks.x._target_=os.system",
-        "seed=${oc.env:HOME}",
-        "+strategy.f={_target_: flwr.serverapp.strategy.bulyan.np.load, allow_pickle: true}",
-        "strategy._target_=flwr.serverapp.strategy.bulyan.np.load",
-        "--config-dir=/tmp/evil",
-        "-cd=/tmp/evil",
-        "'hydra.verbose=true'",
-        "~hydra.callbacks",
-        "ray.address=evil:1",
-        "model.lora.megatron_core=evil",
-        "model.cache_folder=/home/you",
+        ({"strategy___target_": "os.system"}, "strategy._target_=os.system"),
+        ({"strategy__x": {"_target_": "os.system"}}, "strategy.x._target_=os.system"),
+        ({"strategy__x": [{"_target_": "os.system"}]}, "strategy.x=[]"),
+        ({"strategy__f": {"_target_": "flwr.serverapp.strategy.bulyan.np.load"}}, "strategy.f={}"),
+        ({"strategy___target_": "server.strategies.Alone"}, "strategy._target_=server.strategies.Alone"),
+        ({"dataset__partitioner": {"_target_": "os.system"}}, "dataset.partitioner._target_=os.system"),
+        ({"model__trust_remote_code": True}, "model.trust_remote_code=true"),
+        ({"seed": "${oc.env:HOME}"}, "seed=1"),
+        ({"dataset__name": "${oc.env:HOME}"}, "dataset.name=x"),
+        ({"ray__address": "evil:1"}, "ray.address=evil:1"),
+        ({"tracker": "wandb"}, "tracker=wandb"),
+        ({"model__cache_folder": "/home/you"}, "model.cache_folder=/home/you"),
     ],
 )
-def test_strangers_run_folder_can_not_run_code(evil, tmp_path):
-    write_settings(tmp_path, "experiment=quickstart", evil)
+def test_strangers_run_folder_can_not_run_code(evil, again, tmp_path):
+    write_settings(tmp_path, *([again] if "=os" in again else []), **evil)
     with pytest.raises(SettingsError, match="which can run code, .*elsewhere; give it again"):
-        resume.resumed_run([f"resume={tmp_path}"])
-    assert evil in resume.resumed_run([f"resume={tmp_path}", evil])
+        compose([f"resume={tmp_path}"])
+    config = compose([f"resume={tmp_path}", again])
+    given = parsed(again)
+    assert OmegaConf.select(OmegaConf.create(dataclasses.asdict(config)), given.key_or_group) == given.value()
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = [[sys.executable, SUITE / "main.py", "dry_run=true", "experiment=quickstart"] for _ in range(2)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    said = [run.communicate(timeout=300)[0] for run in runs]
+    folders = {line.split()[-1] for text in said for line in text.splitlines() if line.startswith("results ")}
+    assert len(folders) == 2, said
+    first, second, third = runfolder.new_folder(tmp_path), runfolder.new_folder(tmp_path), runfolder.run_folder(None)
+    assert len({first, second, Path(third).resolve()}) == 3
+
+
+def test_paths_are_as_seen_from_where_the_command_is_typed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = SUITE / "quickstart" / "data" / "train.jsonl"
+    (tmp_path / "my rows.jsonl").write_bytes(rows.read_bytes())
+    short = [text for text in SMALL if "num_rounds" not in text]
+    inside = ["hydra.job.chdir=true", "hydra.run.dir=here/run", "dataset.name=my rows.jsonl", "num_rounds=1"]
+    assert call_main(*short, *inside) == 0
+    assert os.listdir("here") == ["run"]
+    (tmp_path / "here" / "run" / "results.json").unlink()
+    assert call_main("hydra.job.chdir=true", "resume=here/run") == 0
+    assert "resumed after round 1" in capsys.readouterr().out
+
+
+def test_nothing_of_a_strangers_command_line_is_run(tmp_path):
+    """Only values are read: what the noted command line says has no meaning when the run is resumed."""
+    write_settings(tmp_path, "+hydra.callbacks.x._target_=os.system", "--config-dir=/tmp/evil", "seed=${oc.env:HOME}")
+    assert compose([f"resume={tmp_path}"]).seed == 0
 
 
 def test_harmless_settings_are_not_asked_for_again(tmp_path):
-    harmless = [
-        "experiment=quickstart", "model.name=/data/my model", "model.trust_remote_code=false", "+model.lora.r=4",
-        "strategy._target_=flwr.serverapp.strategy.FedYogi", "dataset/partitioner=dirichlet", "seed=3",
-    ]  # fmt: skip
-    write_settings(tmp_path, *harmless)
-    assert resume.resumed_run([f"resume={tmp_path}"])[: len(harmless)] == harmless
+    write_settings(tmp_path, model__name="/data/my model", tracker="tensorboard", seed=3,
+                   strategy___target_="flwr.serverapp.strategy.FedYogi", dataset__split="a$b")  # fmt: skip
+    config = compose([f"resume={tmp_path}"])
+    assert (config.model.name, config.strategy["_target_"], config.seed, config.dataset.split) == (
+        "/data/my model", "flwr.serverapp.strategy.FedYogi", 3, "a$b"
+    )  # fmt: skip
 
 
 def test_command_to_resume_says_what_has_to_be_said_again(tmp_path):
-    write_settings(tmp_path, "seed=1", "strategy._target_=my.own.Strategy")
-    assert runfolder.command_to_resume(tmp_path) == ""
-    (tmp_path / "peft_3").mkdir()
-    command = runfolder.command_to_resume(tmp_path)
-    assert command == f"python main.py resume={tmp_path} strategy._target_=my.own.Strategy"
+    folder = tmp_path / "it's (1)"
+    folder.mkdir()
+    write_settings(folder, strategy___target_="my.own.Strategy")
+    assert runfolder.command_to_resume(folder) == ""
+    (folder / "peft_3").mkdir()
+    command = runfolder.command_to_resume(folder)
+    assert command.endswith(" strategy._target_=my.own.Strategy")
+    config = compose(shlex.split(command)[2:])
+    assert (config.resume, config.strategy["_target_"]) == (str(folder), "my.own.Strategy")
 
 
-def test_strangers_sweep_can_not_run_code(tmp_path):
-    (tmp_path / "multirun.yaml").write_text(
-        "hydra:\n  overrides:\n    hydra: ['+hydra.callbacks.x={_target_: numpy.load}']\n    task: [seed=1]\n"
-    )
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "+hydra.callbacks.x={_target_: numpy.load}",
+        "hydra/launcher=../../evil",
+        "hydra.launcher.python=/tmp/evil",
+        "hydra.sweeper._target_=os.system",
+        "hydra.searchpath=[/tmp]",
+        "experiment=../../evil",
+        "+experiment@hydra=quickstart",
+        "~hydra.callbacks",
+        "'hydra.verbose=true'",
+        "--config-dir=/tmp/evil",
+        "seed=${oc.env:HOME}",
+        "strategy._target_=flwr.serverapp.strategy.FedAvg,os.system",
+        "+strategy.strategy={_target_: os.system}",
+        "+strategy.strategy={'_target_':'os.system'}",
+        "strategy._target_='os.system'",
+        "model.trust_remote_code=true,false",
+        "ray.address=evil:1",
+        "model.cache_folder=/home/you",
+        "tracker=wandb",
+    ],
+)
+def test_strangers_sweep_can_not_run_code(evil, tmp_path):
+    noted = {"hydra": ["hydra.mode=MULTIRUN"], "task": ["seed=1,2", evil]}
+    (tmp_path / "multirun.yaml").write_text(json.dumps({"hydra": {"overrides": noted}}))
     with pytest.raises(SettingsError, match="which can run code, "):
         resumed_sweep([f"resume_sweep={tmp_path}"])
-    assert resumed_sweep(["resume_sweep=null", "seed=1"]) == ["seed=1"]
+    if not evil.startswith("-"):
+        assert evil in resumed_sweep([f"resume_sweep={tmp_path}", evil])
+    assert resumed_sweep(["resume_sweep=null", "seed=1"]) == ["resume_sweep=null", "seed=1"]
 
 
 @pytest.mark.parametrize("name", ["settings.json.tmp", ".lock", "metrics.jsonl", "peft_1/state.json"])
@@ -394,9 +492,13 @@ def test_links_in_a_strangers_folder_are_not_followed(name, tmp_path):
     write_settings(folder, "seed=1")
     (folder / name).symlink_to(victim)
     with pytest.raises(SettingsError, match="holds links"):
-        resume.resumed_run([f"resume={folder}"])
-    with pytest.raises(SettingsError), runfolder.claimed(folder, small(f"resume={folder}"), []):
+        compose([f"resume={folder}"])
+    config = small()
+    config.resume = str(folder)
+    with pytest.raises(SettingsError), runfolder.claimed(folder, config, []):
         pass
+    assert call_main(f"resume={folder}") == 2
+    assert not (folder / ".hydra").exists(), "the folder was written before it was looked at"
     assert victim.read_text() == "precious"
 
 
@@ -408,10 +510,20 @@ def test_strategys_state_can_not_reach_its_class(name):
         checkpoint.restore_strategy(strategy, values | {name: {"kind": "value", "value": 1}}, arrays)
 
 
-@pytest.mark.parametrize("given", ["a'b", 'a"b', "a\\", "a${b}"])
-def test_folder_names_that_mean_something_to_hydra_are_refused(given):
-    with pytest.raises(SettingsError, match="rename the folder"):
-        resume.resumed_run([f"resume={given}"])
+@pytest.mark.parametrize("name", ["a'b", 'a"b', "a\\", "a${b}", "a b(1)", "größe=1", "a,b", "[a]", "1"])
+def test_folder_names_that_mean_something_to_hydra_are_resumed_or_answered_in_one_line(
+    name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    write_settings(Path(name))
+    assert call_main(f"resume={name}", "dry_run=true") in (0, 2)
+    assert capsys.readouterr().err.count("\n") <= 1
+    if "${" in name:  # Hydra itself cannot log there
+        return
+    assert call_main(*shlex.split(to_type("resume", name)), "dry_run=true") == 0
+    assert str(Path(name).resolve()) in capsys.readouterr().out
+    assert os.listdir() == [name], "another folder was made"
 
 
 def test_superlink_goes_on_only_with_runs_below_its_outputs(tmp_path):
