@@ -7,7 +7,6 @@ libraries are imported by the work itself, or live in the node's resident worker
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -18,10 +17,7 @@ from exchange.faults import replied
 from runs import runfolder
 from settings.overrides import to_type
 from settings.resume import read_settings
-from utils import send_nothing_home
-
-if TYPE_CHECKING:
-    from settings.schema import RunConfig
+from utils import log_to_file, send_nothing_home
 
 OVERRIDES = "overrides"  # the one run-config key: Hydra overrides, separated by blanks as in a shell
 
@@ -42,7 +38,12 @@ def serve(grid: Grid, context: Context) -> None:
         if config.baseline:
             raise SettingsError(f"baseline={config.baseline}: compares in a simulation only; use python main.py")
         folder = run_folder(Path.cwd() / "outputs", config.resume)
-        play(grid, config, overrides, folder)
+        log_to_file(folder / "main.log")
+        from server.plan import Inputs, check_model
+        from server.play import play
+
+        with runfolder.claimed(folder, config, overrides) as resumes:
+            play(grid, config, folder, Inputs(check_model(config)[1]), resumes=resumes)
     except Exception as error:
         print(f"error: {error}", flush=True)
         if folder:
@@ -50,26 +51,6 @@ def serve(grid: Grid, context: Context) -> None:
             if runfolder.command_to_resume(folder):
                 print(f"to resume: the same settings, and {to_type('resume', str(folder))}", flush=True)
         raise
-
-
-def play(grid: Grid, config: "RunConfig", overrides: list[str], folder: Path) -> None:
-    """The rounds of a deployed run."""
-    from utils import log_to_file
-
-    log_to_file(folder / "main.log")
-    from dataset import read_template
-    from model import read_tokenizer
-    from runs.progress import RunProgress, summary_line
-    from server.federation import Federation
-
-    with runfolder.claimed(folder, config, overrides) as resumes, RunProgress(config.num_rounds) as progress:
-        template = read_template(config.dataset, read_tokenizer(config.model))
-        federation = Federation(config, folder, template, progress)
-        if resumes:
-            federation.restore()
-        summary = federation.run(grid)
-    print(summary_line(summary))
-    print(f"results: {folder}", flush=True)
 
 
 def run_folder(below: Path, resume: str | None) -> Path:

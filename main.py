@@ -29,7 +29,7 @@ from settings.compose import checked, one_line
 from settings.overrides import canonical
 from settings.resume import resumed_sweep
 from settings.schema import CONFIG_FOLDER, SettingsError
-from utils import objective, send_nothing_home
+from utils import leave_unusable_home, objective, quick_imports, send_nothing_home
 
 exit_codes: list[int] = []  # of the jobs of this command line
 last_words: list[str] = []  # of the job that was stopped
@@ -55,10 +55,11 @@ def job(cfg: DictConfig) -> float:
             return objective(done.results)
         if not config.dry_run:
             engine.check_machine(config)
-            engine.warm_up(config, folder / "main.log")
-        from server import simulation  # the model libraries take seconds: settings are checked first
+            engine.begin(config)
+        with quick_imports():  # of the model libraries, which take seconds: settings are checked first
+            from server.simulation import show_plan, simulate
 
-        return simulation.show_plan(config, folder) if config.dry_run else simulation.run(config, folder, overrides)
+        return show_plan(config, folder) if config.dry_run else simulate(config, folder, overrides)
     except KeyboardInterrupt:
         rounds = runfolder.rounds_in(folder)
         where = f"after round {rounds[0]}" if rounds else "before a round was complete"
@@ -99,6 +100,7 @@ def main() -> int:
     """Run the command line."""
     keep_output()
     send_nothing_home()
+    leave_unusable_home()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of into Hydra's own report
     logging.raiseExceptions = False  # a log that cannot be written must not bury the reason
     try:
@@ -112,6 +114,9 @@ def main() -> int:
         return report(SettingsError(one_line(error)))
     except OSError as error:
         return report(SettingsError(f"{error.filename}: {error.strerror}; choose another folder (hydra.run.dir)"))
+    finally:
+        with suppress(KeyboardInterrupt):  # a signal that comes now changes nothing
+            engine.end()
     if SweepReport.failed:
         return 1
     return max(exit_codes, default=0)

@@ -16,10 +16,15 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
-import bitsandbytes
 import numpy as np
 import torch
+
+# it wraps functions that are not used here with torch.compile, whose import takes seconds in every process
+with patch.object(torch, "compile", lambda function=None, **_: function or (lambda decorated: decorated)):
+    import bitsandbytes
+
 import transformers
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model

@@ -1,6 +1,8 @@
 """Small pure helpers that several modules share: paths, schedule, seeds, files, metrics."""
 
+import atexit
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -8,10 +10,14 @@ import logging
 import math
 import os
 import resource
+import shutil
+import sys
+import tempfile
 import textwrap
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +85,17 @@ def generator(*key: str | int) -> np.random.Generator:
     return np.random.default_rng(seed_of(*key))
 
 
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Imports here are a fifth quicker without garbage collection, and what they made is left alone by later ones."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 def send_nothing_home() -> None:
     """Turn off what libraries would report to their makers, unless the user's environment turns it on.
 
@@ -86,6 +103,28 @@ def send_nothing_home() -> None:
     """
     for name, value in SILENT.items():
         os.environ.setdefault(name, value)
+
+
+def leave_unusable_home() -> None:
+    """Where the home folder cannot be written, let libraries keep their files in a folder that ends with this process.
+
+    What the Hugging Face cache there holds can still be read. To be called before they are imported.
+    """
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111  Path's own raises for the home of nobody
+    try:
+        (home / ".cache").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home / ".cache"):
+            return
+    except OSError:
+        folder = tempfile.mkdtemp(prefix="flowertune-home-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if (kept := home / ".cache" / "huggingface" / "hub").is_dir() and "HF_HOME" not in os.environ:
+        os.environ.setdefault("HF_HUB_CACHE", str(kept))
+    os.environ["HOME"] = folder
+    print(
+        f"warning: the home folder {home} cannot be written; what libraries keep there is kept for this run only",
+        file=sys.stderr,
+    )
 
 
 def log_to_file(path: Path) -> None:

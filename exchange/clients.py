@@ -2,12 +2,14 @@
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
 
 from exchange.faults import SETTINGS_ERROR
 from exchange.guard import MOST
@@ -16,6 +18,9 @@ from settings.schema import RunError, SettingsError
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5  # of a SuperLink; each poll is a request that takes some of its processor
+SIMULATED_POLL_S = 0.01
+SIMULATED_ASKED = 64  # clients of a simulation that are asked who they are: until then the workers are ready
+SIMULATED_TTL_S = 1e9  # in a simulation a message never ends by the time of day, which may be set
 NODE_UNAVAILABLE = ErrorCode.NODE_UNAVAILABLE
 
 
@@ -29,14 +34,21 @@ class Progress(Protocol):
 
 
 class Clients:
-    """Clients by partition id, because Flower's node ids are random in every run and new after every restart."""
+    """Clients by partition id, because Flower's node ids are random in every run and new after every restart.
+
+    Sites are asked who they are. In a simulation that is known, and only the first are asked.
+    """
 
     def __init__(self, grid: Grid, timeout_s: float, progress: Progress) -> None:
         self.grid, self.timeout_s, self.progress = grid, timeout_s, progress
-        self.poll_s: float = getattr(grid, "poll_s", POLL_S)
+        self.poll_s, self.ttl_s = POLL_S, timeout_s
         self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
+        if isinstance(grid, InMemoryGrid):  # of a simulation: its nodes are made in the order of their partitions
+            self.poll_s, self.ttl_s = SIMULATED_POLL_S, SIMULATED_TTL_S
+            made = list(cast(Any, grid.state).nodes)
+            self.nodes = {partition: node for partition, node in enumerate(made) if partition >= SIMULATED_ASKED}
         self.loading: dict[int, str] = {}  # by node: what it is still downloading
-        self.num_rows: dict[int, int] = {}
+        self.num_rows: dict[int, int] = defaultdict(lambda: int(MOST))  # what they said, if they were asked
         self.own_data = False  # whether a client has rows that no other machine has
         self.unusable: set[int] = set()  # nodes that were left out for good
         self.strict = True  # until the first round: what makes no sense ends the run
@@ -67,7 +79,7 @@ class Clients:
             online = set(self.grid.get_node_ids())
             self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
             new = sorted(online - set(self.nodes.values()) - self.unusable)
-            replies = self.exchange([Message(RecordDict(), n, MessageType.QUERY, ttl=self.timeout_s) for n in new])
+            replies = self.exchange([Message(RecordDict(), n, MessageType.QUERY, ttl=self.ttl_s) for n in new])
             before, self.loading = self.loading, {}
             for node, reply in replies.items():
                 self.meet(node, reply)

@@ -82,10 +82,11 @@ def advice(config: RunConfig) -> str:
     size = sizes(adapters.read_config(config.model, offline=True), config)
     train, now = config.train, memory_bytes(size, config)
     checkpointing = {**train.training_arguments, "gradient_checkpointing": True}
+    shorter = max(16, train.seq_length // 2)  # 16 is the least
     in_training = {
         "train.training_arguments.gradient_checkpointing=true": replace(train, training_arguments=checkpointing),
         "train.micro_batch_size=1": replace(train, micro_batch_size=1),
-        f"train.seq_length={train.seq_length // 2}": replace(train, seq_length=train.seq_length // 2),
+        f"train.seq_length={shorter}": replace(train, seq_length=shorter),
     }
     less = {setting: replace(config, train=changed) for setting, changed in in_training.items()}
     less["model.quantization=4"] = replace(config, model=replace(config.model, quantization="4"))

@@ -71,8 +71,15 @@ class Trained:
 class Federation:
     """One run, from asking the clients who they are to the last checkpoint."""
 
-    def __init__(self, config: RunConfig, folder: Path, template: str, progress: Progress) -> None:
-        self.config, self.progress = config, progress
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        template: str,
+        progress: Progress,
+        facts: Mapping[str, Any] | None = None,  # more for results.json
+    ) -> None:
+        self.config, self.progress, self.facts = config, progress, facts or {}
         self.strategy = make_strategy(config)
         lora, self.shapes = adapters.adapter_plan(config.model, adapters.read_config(config.model))
         initial = adapters.initial_adapter(self.shapes, lora, config.seed)
@@ -83,7 +90,6 @@ class Federation:
         once_bytes = adapters.starts_from_base(self.shapes) * transfer.payload_bytes(self.shapes, "fp32")
         check_budget(config, self.budget.payload_bytes, once_bytes)
         self.clients: Clients  # from the start of `run` on
-        self.facts: dict[str, Any] = {}  # more for results.json
         self.global_tokens: float | None = None  # of dataset.eval_name, by the first who counted them
 
     def restore(self) -> None:
@@ -161,7 +167,7 @@ class Federation:
         )
         trained = self.collect(round_number, learning_rate)
         aggregating = time.perf_counter()
-        adapter = aggregate(self.strategy, round_number, [reply for _, reply in trained.replies], self.shapes)
+        adapter = aggregate(self.strategy, round_number, trained.replies, self.shapes)
         aggregated = time.perf_counter()
         self.warn_of_rows_without_response(trained)
         rows_seen = positions_after(state.rows_seen, trained.good)
@@ -218,21 +224,19 @@ class Federation:
             purpose: `train` or `evaluate`.
             settings: for the clients' config, beside what the strategy puts there.
         """
-        partition_of = {self.clients.nodes[partition]: partition for partition in chosen}
         configure = {"train": self.strategy.configure_train, "evaluate": self.strategy.configure_evaluate}[purpose]
-        arrays, shown = to_record(adapter), cast(Any, ShownNodes(self.clients.grid, list(partition_of)))
+        arrays, shown = to_record(adapter), cast(Any, ShownNodes(self.clients.grid, chosen))
         packed: dict[int, tuple[ArrayRecord, Adapter]] = {}  # one for all messages that share their arrays
         messages = []
         for message in list(configure(round_number, arrays, ConfigRecord(settings), shown)):  # a list: ids must stay
-            record, node = message.content.array_records["arrays"], message.metadata.dst_node_id
+            record, partition = message.content.array_records["arrays"], message.metadata.dst_node_id
             if id(record) not in packed:
                 packed[id(record)] = self.codec.pack(record)
-            partition = partition_of[node]
             sent, self.codec.sent[partition] = packed[id(record)]
             own = {"first-row": self.record.state.rows_seen.get(partition, 0), "server-round": round_number}
             config = ConfigRecord(dict(message.content.config_records["config"]) | own | self.codec.facts)
             content = RecordDict(dict(message.content) | {"arrays": sent, "config": config})
-            messages.append(Message(content, node, purpose, ttl=self.clients.timeout_s))
+            messages.append(Message(content, self.clients.nodes[partition], purpose, ttl=self.clients.ttl_s))
         return messages
 
     def accept(

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,30 @@ def check_model(config: RunConfig) -> tuple[Any, str]:
     return tokenizer, read_template(config.dataset, tokenizer)
 
 
-def check_inputs(config: RunConfig) -> tuple[str, dict[str, Any]]:
-    """Load what the clients will need besides weights, once; returns the chat template, and what tells data apart.
+@dataclass(frozen=True)
+class Inputs:
+    """What a run was found to have, besides weights."""
+
+    template: str
+    """The chat template."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Fingerprints of the rows, of the held-out ones as `held_out`; none where only the clients have rows."""
+
+    @property
+    def for_results(self) -> dict[str, Any]:
+        """What of it results.json says."""
+        return {"held_out_rows_trained_on": self.data.get("held_out", {}).get("also_trained_on", 0)}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know before the first round."""
+        shared = self.for_results["held_out_rows_trained_on"]
+        text = f"dataset.eval_name: {shared} of its rows are trained on too: they are in dataset.name as well"
+        return [text] if shared else []
+
+
+def check_inputs(config: RunConfig) -> Inputs:
+    """Load what the clients will need besides weights, once.
 
     Raises:
         SettingsError: if model, tokenizer or data are missing, do not fit, or are too few for the clients.
@@ -76,7 +100,7 @@ def check_inputs(config: RunConfig) -> tuple[str, dict[str, Any]]:
                 f"dataset.category_column={column}: {config.dataset.eval_name} has {', '.join(held_out.column_names)}"
             )
         facts |= {"held_out": data_facts(held_out) | {"also_trained_on": len(shared_rows(rows, held_out))}}
-    return template, facts
+    return Inputs(template, facts)
 
 
 def check_template(config: RunConfig, tokenizer: Any, template: str, rows: Dataset) -> None:

@@ -64,16 +64,24 @@ def make_strategy(config: RunConfig) -> Strategy:
 
 
 def aggregate(
-    strategy: Strategy, round_number: int, replies: Sequence[Message], shapes: Mapping[str, tuple[int, ...]]
+    strategy: Strategy,
+    round_number: int,
+    replies: Sequence[tuple[int, Message]],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Adapter:
     """The next adapter, as the strategy makes it of checked replies.
+
+    Args:
+        replies: by partition id, which the strategy takes for the id of the node.
 
     Raises:
         RunError: if it makes none, or not one of finite numbers.
     """
     name = type(strategy).__name__
+    for partition, reply in replies:
+        reply.metadata.__dict__["_src_node_id"] = partition
     try:
-        arrays, _ = strategy.aggregate_train(round_number, replies)
+        arrays, _ = strategy.aggregate_train(round_number, [reply for _, reply in replies])
     except Exception as error:
         log.exception("%s", name)
         raise RunError(f"round {round_number}: {name} cannot aggregate {len(replies)} replies: {error}") from error
@@ -86,7 +94,10 @@ def aggregate(
 
 
 class ShownNodes:
-    """A Grid on which a strategy sees only the nodes that were sampled for this round."""
+    """A Grid on which a strategy sees only the clients that were sampled for this round, by their partition ids.
+
+    Flower's node ids are random in every run; a strategy may keep something for each.
+    """
 
     def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
         self._grid, self._node_ids = grid, list(node_ids)

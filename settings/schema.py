@@ -188,7 +188,7 @@ class ClientResources:
 @dataclass(kw_only=True, config=STRICT)
 class RayConfig:
     address: str | None = required()
-    """Address of a running Ray cluster (or `auto`); null: plain processes of this machine, without Ray."""
+    """Address of a running Ray cluster (or `auto`); null: Ray is started on this machine, for this run."""
 
 
 @dataclass(kw_only=True, config=STRICT)

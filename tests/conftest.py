@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.supercore.task_identity import TaskIdentity
 
 import client
 import main
@@ -23,7 +24,6 @@ from dataset import TEMPLATE_FOLDER
 from exchange.guard import REPORT
 from exchange.transfer import decode, encode, to_record
 from runs import compare, stopping
-from server.engine import identify_as_flower_task
 from server.federation import Federation
 from settings.compose import compose
 from settings.schema import RunConfig
@@ -106,6 +106,11 @@ class Silent:
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
+
+
+def identify_as_flower_task() -> None:
+    """What Flower's runtimes set before an app runs: who sends the messages that are made in this process."""
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 
 
 def make_federation(config: RunConfig, folder) -> Federation:

@@ -456,14 +456,13 @@ SERVER_MEMORY = """
 import json, sys, numpy as np
 from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from server import engine
 from settings.compose import compose
 from exchange.guard import REPORT
 from server.federation import Federation
-from tests.conftest import LocalGrid, Silent
+from tests.conftest import LocalGrid, Silent, identify_as_flower_task
 from utils import read_json_lines
 
-engine.identify_as_flower_task()
+identify_as_flower_task()
 folder, clients, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 config = compose([f"model.name={folder}", f"num_clients={clients}", "strategy.fraction_fit=1.0",
                   f"num_rounds={rounds}", "train.save_every_round=10"])

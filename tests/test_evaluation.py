@@ -331,9 +331,9 @@ def test_rows_that_are_trained_on_too_are_counted(tmp_path):
     own = load_rows(small().dataset).select(range(3)).to_list() + [{"instruction": "new", "input": "", "output": "x"}]
     file = tmp_path / "eval.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in own))
-    _, facts = check_inputs(small(f"dataset.eval_name={file}"))
+    facts = check_inputs(small(f"dataset.eval_name={file}")).data
     assert facts["held_out"]["also_trained_on"] == 3
-    assert check_inputs(small(HELD_OUT))[1]["held_out"]["also_trained_on"] == 0
+    assert check_inputs(small(HELD_OUT)).data["held_out"]["also_trained_on"] == 0
     file.write_text('{"question": "x"}')
     with pytest.raises(SettingsError, match=r"^dataset.eval_name=.*: has no column instruction, input, output"):
         check_inputs(small(f"dataset.eval_name={file}"))

@@ -946,7 +946,7 @@ def test_first_signal_keeps_the_last_whole_round_and_says_how_to_resume(number, 
     run = start(*SHORT, f"hydra.run.dir={tmp_path}")
     wait_for(run, "round 2/")
     workers = children(run.pid)
-    run.send_signal(number)
+    os.killpg(run.pid, number)  # as a terminal, `timeout` and Slurm do
     output, _ = run.communicate(timeout=300)
     assert run.returncode == code, output
     assert "Traceback" not in output

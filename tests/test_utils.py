@@ -1,6 +1,8 @@
 """Small helpers, against hand arithmetic."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,3 +89,15 @@ def test_names_are_looked_up_where_the_user_is_and_then_in_the_suite(tmp_path, m
 )
 def test_long_text_is_cut_between_words(text, shown):
     assert utils.shortened(text, 24) == shown
+
+
+def test_home_that_cannot_be_written_is_left_alone_and_any_other_is_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    utils.leave_unusable_home()
+    assert os.environ["HOME"] == str(tmp_path)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    utils.leave_unusable_home()
+    assert Path(os.environ["HOME"]).is_dir()
+    assert f"warning: the home folder {tmp_path / 'file' / 'home'} cannot be written" in capsys.readouterr().err
