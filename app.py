@@ -39,11 +39,14 @@ def serve(grid: Grid, context: Context) -> None:
             raise SettingsError(f"baseline={config.baseline}: compares in a simulation only; use python main.py")
         folder = run_folder(Path.cwd() / "outputs", config.resume)
         log_to_file(folder / "main.log")
-        from server.plan import Inputs, check_model
+        from dataset import read_template
+        from model import read_tokenizer
+        from server.plan import Inputs
         from server.play import play
 
         with runfolder.claimed(folder, config, overrides) as resumes:
-            play(grid, config, folder, Inputs(check_model(config)[1]), resumes=resumes)
+            template = read_template(config.dataset, read_tokenizer(config.model))
+            play(grid, config, folder, Inputs(template), resumes=resumes)
     except Exception as error:
         print(f"error: {error}", flush=True)
         if folder:

@@ -39,9 +39,7 @@ last_words: list[str] = []  # of the job that was stopped
 def job(cfg: DictConfig) -> float:
     """One run, or one job of a sweep; returns what a sweeper minimises."""
     folder, overrides = Path(HydraConfig.get().runtime.output_dir), list(HydraConfig.get().overrides.task)
-    os.chdir(
-        HydraConfig.get().runtime.cwd
-    )  # whatever hydra.job.chdir says, paths mean what they mean where it is typed
+    os.chdir(HydraConfig.get().runtime.cwd)  # whatever hydra.job.chdir says: paths are as seen from where it is typed
     try:
         config = checked(cfg, overrides, folder)
         resumes = not config.dry_run and (config.resume or config.resume_sweep)

@@ -22,7 +22,7 @@ from flwr.server.superlink.fleet.vce import vce_api
 from flwr.server.superlink.fleet.vce.backend import raybackend
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
-from flwr.simulation.ray_transport.ray_actor import BasicActorPool, ClientAppActor
+from flwr.simulation.ray_transport.ray_actor import ClientAppActor
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from client import Site, client_app
@@ -72,8 +72,6 @@ class ResidentBackend(raybackend.RayBackend):
                 f"client_resources.num_cpus={wanted.num_cpus}, num_gpus={wanted.num_gpus:g}: no machine of the Ray "
                 "cluster has them; ask for less"
             )
-        pool = BasicActorPool(ClientAppActor, self.client_resources, self.actor_kwargs)  # type: ignore[arg-type]
-        self.start_actor: Callable[[], Any] = pool.create_actor_fn
         for _ in range(min(room, self.most_workers)):
             self.add_worker()
         self.built.set()
@@ -81,7 +79,8 @@ class ResidentBackend(raybackend.RayBackend):
     def add_worker(self) -> None:
         with self.lock:
             if not self.closing:
-                self.idle.append(actor := self.start_actor())
+                actor: Any = ClientAppActor.options(**self.client_resources).remote(**self.actor_kwargs)  # type: ignore[attr-defined]
+                self.idle.append(actor)
                 self.all.add(actor)
 
     def take_messages(self, state: Any, messages: Queue[Message], nodes: Any, stopped: threading.Event) -> None:
@@ -168,7 +167,7 @@ def simulated_grid(site: Site) -> Iterator[Grid]:
             with (
                 patch.object(raybackend, "RayBackend", lambda _: backend),
                 patch.object(vce_api, "add_messages_to_queue", backend.take_messages),
-                patch.object(vce_api, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(len(backend.all) or 1)),
+                patch.object(vce_api, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(backend.num_workers or 1)),
             ):
                 run_simulation(app, client_app(site), config.num_clients)
         except BaseException as error:

@@ -29,11 +29,10 @@ def simulate(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> 
     quiet_libraries()
     plan.check_names(config)
     with runfolder.claimed(folder, config, overrides) as resumes, token_cache(folder) as cache:
-        if not local_path(config.model.name):
-            plan.check_inputs(config)  # before weights are downloaded
+        checked = None if local_path(config.model.name) else plan.check_inputs(config)  # before weights are downloaded
         model.base_folder(config.model, weights=not config.ray.address)  # a cluster's machines download it themselves
         with simulated_grid(Site(config, False, cache, folder / "main.log")) as grid:
-            inputs = plan.check_inputs(config)  # while the workers load the base model
+            inputs = checked or plan.check_inputs(config)  # while the workers load the base model
             runfolder.check_data(folder, inputs.data)
             return objective(play(grid, config, folder, inputs, resumes=resumes))
 
