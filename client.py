@@ -45,8 +45,9 @@ from hub import models as hub
 from learning.evaluation import HeldOut, held_out, score
 from learning.memory import advice
 from learning.training import Task, by_length, make_trainer, padded_tokens, peak_memory_bytes, train_on
+from machine.faults import is_out_of_memory, is_unusable
 from model import Adapter, first_sentence
-from settings.schema import RunConfig, SettingsError
+from settings.schema import RunConfig, SettingsError, WorkerError
 from utils import log_to_file, seed_of
 
 FETCHED_S = 2.0  # how long a client's introduction waits for the base model to be on its machine
@@ -113,7 +114,8 @@ class Worker:
             raise self.broken
         config = self.config.model
         try:
-            model = adapters.add_adapter(adapters.load_base(config), config)
+            device = adapters.device_of(self.config.client_resources)
+            model = adapters.add_adapter(adapters.load_base(config, device), config)
         except SettingsError as error:
             self.broken = error
             raise
@@ -277,7 +279,13 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
         log_to_file(site.log_file)
     try:
         reply = HANDLERS[name](site, content, partition_id)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if is_unusable():
+            raise WorkerError(
+                f"its GPU failed ({first_sentence(error)}), and its worker process was replaced"
+            ) from error
+        if not is_out_of_memory(error):
+            raise
         torch.cuda.empty_cache()
         raise RuntimeError(f"out of GPU memory ({first_sentence(error)}); it helps: {advice(site.config)}") from None
     if "metrics" in reply.metric_records:
@@ -288,7 +296,7 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
 def describe(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
     """Who this client is: its partition, its number of rows, its device; and what it is still waiting for."""
     worker = resident_worker(site)
-    facts = ConfigRecord({"partition-id": partition_id, "device": device_name(), "own-data": site.own_rows})
+    facts = ConfigRecord({"partition-id": partition_id, "device": device_name(site.config), "own-data": site.own_rows})
     try:
         worker.fetching.result(FETCHED_S if site.is_resident else None)  # else the download would end with the process
         facts["num-rows"] = len(worker.raw_rows(partition_id))
@@ -352,8 +360,9 @@ def worker_record() -> ConfigRecord:
     return ConfigRecord({"process": f"{platform.node()}:{os.getpid()}"})
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
+def device_name(config: RunConfig) -> str:
+    on_gpu = adapters.device_of(config.client_resources) == "cuda"
+    return torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}"
 
 
 def received_adapter(worker: Worker, content: RecordDict) -> Adapter:

@@ -38,7 +38,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hub import models as hub
 from settings.lora import check_lora
-from settings.schema import ModelConfig, SettingsError, check_keywords
+from settings.schema import ClientResources, ModelConfig, SettingsError, check_keywords
 from utils import let_others_read, local_path, shipped_path, shortened, torn_files, write_digests
 
 log = logging.getLogger(__name__)
@@ -498,7 +498,13 @@ def cache_key(cfg: ModelConfig, device: str | None = None) -> str:
 
 
 def default_device() -> str:
+    """Where this process computes, if no run says it."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_of(resources: ClientResources) -> str:
+    """Where a run's clients train in this process: `client_resources.num_gpus` decides, where there is a GPU at all."""
+    return default_device() if resources.num_gpus else "cpu"
 
 
 def compute_dtype(device: str | None = None) -> torch.dtype:

@@ -153,6 +153,9 @@ def quiet_transformers() -> None:
 
     logging.captureWarnings(True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+        logging.ERROR
+    )  # one for each layer and pass in 8 bits
     logging.getLogger().addHandler(logging.NullHandler())  # without any handler, Python writes to stderr
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()

@@ -1,7 +1,8 @@
-"""python -m benchmarks.gpu [--models 3B 7B] [--quantizations 4 8] [--naive] [--output=FILE.json]
+"""python -m benchmarks.gpu [--models 3B 7B] [--quantizations 4 8] [--rounds 3] [--naive]
+    [--output=FILE.json]
 
 Client-rounds on OpenLLaMA shapes with random weights: memory and time do not depend on the values, so nothing is
-downloaded. For every model and quantization: peak memory allocated and reserved, seconds of an optimizer step,
+downloaded. For every model and quantization: memory estimated, allocated and reserved, seconds of an optimizer step,
 tokens a second, the share of the device's measured bf16 matrix rate, and the seconds that a base model takes to
 load, quantized on the way and from the cache of `model.cache_folder`. `--naive` adds the settings of well-known
 examples on the same device (fp4 with float32 compute, float32 norms and embeddings, one pass of 16, an attention
@@ -26,8 +27,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import model as adapters
+from learning.memory import memory_bytes, sizes
 from learning.training import Task, make_trainer, train_on
-from settings.schema import DatasetConfig, ModelConfig, RunConfig, TrainConfig
+from settings.schema import ClientResources, DatasetConfig, ModelConfig, RunConfig, TrainConfig
 from utils import quiet_transformers
 
 SHAPES: dict[str, dict[str, int]] = {  # of OpenLLaMA v2
@@ -94,6 +96,8 @@ def settings(case: Case, name: Path, cache: Path | None, batch: int, length: int
             micro_batch_size=case.micro_batch_size, save_every_round=1, training_arguments=arguments,
         ),
         strategy={},
+        client_resources=ClientResources(num_cpus=1, num_gpus=float(on_gpu())),
+        transfer="fp32",
         seed=0,
     )  # fmt: skip
 
@@ -150,10 +154,12 @@ def peaks() -> dict[str, float]:
     }
 
 
-def run_case(case: Case, weights: Path, cache: Path, batch: int, length: int, rate: float) -> dict[str, Any]:
-    """Client-rounds of three steps; the first one warms up."""
+def load(case: Case, weights: Path, cache: Path, batch: int, length: int) -> tuple[Any, dict[str, float]]:
+    """The base model, and the seconds that it took to load; where the cache has it already, only from there."""
+    known = any(cache.glob(f"{case.model}-{case.quantization}bit-*"))
+    ways = [("load_s", None), ("", cache), ("cached_load_s", cache)]  # the second fills the cache
     seconds = {}
-    for name, folder in (("load_s", None), ("", cache), ("cached_load_s", cache)):  # the second fills the cache
+    for name, folder in ways[2:] if known else ways:
         base = None
         free()
         start = time.perf_counter()
@@ -161,12 +167,21 @@ def run_case(case: Case, weights: Path, cache: Path, batch: int, length: int, ra
         synchronize()
         if name:
             seconds[name] = time.perf_counter() - start
+    return base, seconds
+
+
+def run_case(
+    case: Case, weights: Path, cache: Path, batch: int, length: int, rate: float, rounds: int
+) -> dict[str, Any]:
+    """`rounds` client-rounds of three steps, after one that warms up."""
+    base, seconds = load(case, weights, cache, batch, length)
     config = settings(case, weights, cache, batch, length)
+    estimate = memory_bytes(sizes(adapters.read_config(config.model), config), config)
     free()
     trainer = make_trainer(adapters.add_adapter(base, config.model), any_tokenizer(), config)
     rows = random_rows(3 * batch, length, SHAPES[case.model]["vocab_size"])
     adapter, steps = adapters.get_adapter(trainer.model), []
-    for number in range(4):
+    for number in range(rounds + 1):
         synchronize()
         start = time.perf_counter()
         adapters.set_adapter(trainer.model, adapter)
@@ -177,7 +192,11 @@ def run_case(case: Case, weights: Path, cache: Path, batch: int, length: int, ra
             steps.append((time.perf_counter() - start) / 3)
     step = statistics.median(steps)
     share = step_operations(case.model, batch * length, length, case.checkpointing) / step / rate
-    result = peaks() | {"step_s": step, "tokens_per_s": batch * length / step, "share_of_rate": share, **seconds}
+    result = (
+        {"estimated_gb": estimate / 1e9}
+        | peaks()
+        | {"step_s": step, "tokens_per_s": batch * length / step, "share_of_rate": share, **seconds}
+    )
     del trainer, base
     return result
 
@@ -219,6 +238,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[16, 4])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--naive", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -226,7 +246,16 @@ def main() -> None:
     rate, results = matrix_rate(), []
     name = torch.cuda.get_device_name() if on_gpu() else "CPU"
     print(f"{name}, {rate / 1e12:.1f} TFLOP/s in bf16; a step is {options.batch} x {options.length} tokens")
-    columns = ("allocated_gb", "reserved_gb", "step_s", "tokens_per_s", "share_of_rate", "load_s", "cached_load_s")
+    columns = (
+        "estimated_gb",
+        "allocated_gb",
+        "reserved_gb",
+        "step_s",
+        "tokens_per_s",
+        "share_of_rate",
+        "load_s",
+        "cached_load_s",
+    )
     print(f"{'model':<28}" + "".join(f"{column:>15}" for column in columns))
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.models:
@@ -240,16 +269,16 @@ def main() -> None:
                             facts = run_naive(case, weights, options.batch, options.length)
                         else:
                             cache = Path(folder) / "cache"
-                            facts = run_case(case, weights, cache, options.batch, options.length, rate)
+                            facts = run_case(case, weights, cache, options.batch, options.length, rate, options.rounds)
                     except torch.cuda.OutOfMemoryError:
                         facts = {"error": "out of memory"}
                     free()
                     results.append({"model": shape, "quantization": quantization, "kind": label, **facts})
+                    if options.output:
+                        whole = {"device": name, "bf16_flops": rate, "results": results}
+                        options.output.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
                     cells = "".join(f"{facts[c]:>15.3g}" if c in facts else f"{'-':>15}" for c in columns)
                     print(f"{f'{shape} {quantization}-bit, {label}':<28}{cells}", flush=True)
-    if options.output:
-        whole = {"device": name, "bf16_flops": rate, "results": results}
-        options.output.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

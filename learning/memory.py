@@ -4,11 +4,11 @@ import os
 from dataclasses import dataclass, replace
 from math import prod
 
-import torch
 from transformers import PreTrainedConfig
 
 import model as adapters
 from exchange.transfer import payload_bytes
+from machine import gpus
 from settings.schema import RunConfig
 from utils import bytes_text
 
@@ -62,7 +62,7 @@ def memory_bytes(size: Sizes, config: RunConfig) -> float:
     one layer that is recomputed; a tile of logits. Within 15% of FACTS' floors for OpenLLaMA.
     """
     tokens = min(config.train.micro_batch_size, config.batch_size) * config.train.seq_length
-    wide = adapters.compute_dtype().itemsize
+    wide = adapters.compute_dtype("cuda" if config.client_resources.num_gpus else "cpu").itemsize
     weights = size.linear * BYTES_PER_WEIGHT.get(config.model.quantization, wide) + wide * size.other
     layer = tokens * wide * (12 * size.hidden + 8 * size.intermediate)
     checkpointed = config.train.training_arguments.get("gradient_checkpointing", False)
@@ -70,10 +70,10 @@ def memory_bytes(size: Sizes, config: RunConfig) -> float:
     return weights + 16 * size.adapter + kept + layer + 0.25e9 * min(1.0, size.vocabulary / 32000)
 
 
-def free_memory() -> tuple[str, float]:
-    """Where clients train here, and how many bytes are free there."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[0])
+def free_memory(config: RunConfig) -> tuple[str, float]:
+    """Where clients train here, and how many bytes are free there: on the fullest GPU, if they train on GPUs."""
+    if config.client_resources.num_gpus and (card := gpus.fullest()):
+        return card.name, card.free_bytes
     return "CPU, main memory", float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 

@@ -64,6 +64,8 @@ def train_on(trainer: SFTTrainer, rows: list[dict[str, list[int]]], task: Task, 
     trainer.train_dataset = rows
     trainer.args.learning_rate = task.learning_rate
     trainer.optimizer = trainer.lr_scheduler = None
+    if trainer.accelerator.scaler is not None:  # of fp16: another client's gradients taught it its scale
+        trainer.accelerator.scaler = torch.amp.GradScaler(trainer.args.device.type)
     pull = task.proximal_mu / trainer.args.gradient_accumulation_steps
     with torch.random.fork_rng(), proximal_pull(model, pull):
         torch.manual_seed(seed)
@@ -149,19 +151,19 @@ def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
     """`train.training_arguments` with what this suite decides. Raises SettingsError for fields that do not exist."""
     given = dict(config.train.training_arguments)
     check_keywords("train.training_arguments", given, SFTConfig, MANAGED_ARGUMENTS)
-    cuda = adapters.default_device() == "cuda"
+    cuda = adapters.device_of(config.client_resources) == "cuda"
     micro = min(config.train.micro_batch_size, config.batch_size)
     if given.get("gradient_checkpointing") and config.model.quantization == "8":
         given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": True})
     given |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": config.batch_size // micro}
     defaults: dict[str, Any] = {
         "lr_scheduler_type": "constant",
-        "bf16": cuda,
+        "bf16": cuda and not given.get("fp16"),
         "dataloader_pin_memory": cuda,
         "disable_tqdm": True,
         "logging_strategy": "no",
     }
-    return SFTConfig(
+    arguments = SFTConfig(
         **(defaults | given),
         output_dir=output_folder,
         learning_rate=config.train.learning_rate_max,
@@ -175,6 +177,8 @@ def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
         use_cpu=not cuda,
         seed=config.seed,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # however many this process sees: the model is on one
+    return arguments
 
 
 def peak_memory_bytes() -> int:

@@ -35,6 +35,10 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says what happened and to whom."""
 
 
+class WorkerError(RunError):
+    """A worker's process is of no use any more, as after a fault of its GPU, and has to be replaced."""
+
+
 def not_a(*kinds: type) -> BeforeValidator:
     """Refuses what pydantic would take for a number, but nobody would write for one."""
 
@@ -182,7 +186,16 @@ class ClientResources:
     num_cpus: Whole = required(ge=1)
     """CPU cores, and compute threads, of one worker."""
     num_gpus: Number = required(ge=0)
-    """GPUs of one worker; 0.5 puts two workers, with a base model each, on one GPU."""
+    """GPUs of one worker: 0 trains on the CPU; 0.5 puts two workers, with a base model each, on one GPU."""
+
+    @model_validator(mode="after")
+    def trains_on_one_gpu(self) -> Self:
+        if self.num_gpus > 1:
+            raise SettingsError(
+                f"client_resources.num_gpus={self.num_gpus:g}: a worker trains on one GPU; set "
+                "client_resources.num_gpus=1, and each further GPU trains another client of the round"
+            )
+        return self
 
 
 @dataclass(kw_only=True, config=STRICT)

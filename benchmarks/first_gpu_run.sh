@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# bash benchmarks/first_gpu_run.sh [FOLDER]: all that only a machine with a CUDA GPU can show, in at most 8 minutes.
+#
+# The tests marked gpu, the quickstart on the GPU and on the CPU, and benchmarks.gpu; offline. Each part has a time limit
+# of its own, so that one that hangs costs only itself. FOLDER (first_gpu_run) gets first_gpu_run.json, with versions,
+# the card, the result of every test, times and figures, and a log of each part.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+out=${1:-first_gpu_run}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
+python=$(command -v python || command -v python3)
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+rm -f "$out"/*.log "$out"/*.json "$out"/*.xml "$out"/parts.txt
+
+left() { # seconds until all has to be over, at most $1
+    local rest=$((465 - SECONDS))
+    echo $((rest < $1 ? (rest > 5 ? rest : 5) : $1))
+}
+
+part() { # NAME LIMIT_S COMMAND...
+    local name=$1 limit=$2 start=$SECONDS
+    shift 2
+    timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
+    echo "$name $? $((SECONDS - start)) $limit" >>"$out/parts.txt"
+}
+
+quickstart() { # NAME NUM_GPUS LIMIT_S
+    local folder
+    folder=$(mktemp -d)
+    part "$1" "$3" "$python" main.py experiment=quickstart "client_resources.num_gpus=$2" "hydra.run.dir=$folder"
+    [ -f "$folder/results.json" ] && cp "$folder/results.json" "$out/$1.json"
+    { echo "--- main.log"; tail -n 200 "$folder/main.log"; } >>"$out/$1.log" 2>&1
+    rm -rf "$folder"
+}
+
+quickstart quickstart_cpu 0 "$(left 170)" & # needs none of what the others measure
+part tests "$(left 230)" "$python" -m pytest -m gpu -q -n 0 -ra --durations=10 -p no:cacheprovider \
+    --junitxml="$out/tests.xml" tests/test_cuda.py
+quickstart quickstart_gpu 1 "$(left 90)"
+wait
+[ "$(df --output=avail -k /dev/shm 2>/dev/null | tail -1 || echo 0)" -gt 50000000 ] && export TMPDIR=/dev/shm
+part benchmark "$(left 400)" "$python" -m benchmarks.gpu --models 7B 3B --quantizations 4 8 --micro-batches 4 --rounds 2 \
+    --output="$out/benchmark.json"
+
+"$python" - "$out" >"$out/summary.txt" 2>&1 <<'PYTHON'
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+out = Path(sys.argv[1])
+
+
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def told(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return repr(error)
+
+
+def tests(file):
+    if not file.exists():
+        return {}
+    found = {}
+    for case in ElementTree.parse(file).iter("testcase"):
+        kinds = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
+        said = next((child.get("message") for child in case if child.tag in kinds), None)
+        facts = {each.get("name"): each.get("value") for each in case.iter("property")}
+        result = {"result": kinds[0] if kinds else "passed", "seconds": float(case.get("time", 0))}
+        found[case.get("name")] = result | ({"said": said[:600]} if said else {}) | facts
+    return found
+
+
+def content(name):
+    return json.loads((out / name).read_text()) if (out / name).exists() else None
+
+
+names = (
+    "torch transformers trl peft bitsandbytes accelerate datasets flwr flwr-datasets ray hydra-core omegaconf triton "
+    "numpy safetensors"
+).split()
+parts = [line.split() for line in (out / "parts.txt").read_text().splitlines()]
+results = tests(out / "tests.xml")
+whole = {
+    "commit": told("git", "rev-parse", "HEAD"),
+    "python": platform.python_version(),
+    "versions": {name: version(name) for name in names},
+    "cards": told("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader").splitlines(),
+    "compiler": told("sh", "-c", "command -v gcc || command -v cc || echo none"),
+    "parts": {name: {"exit_code": int(code), "seconds": int(s), "limit_s": int(most)} for name, code, s, most in parts},
+    "tests": results,
+    "quickstart_gpu": content("quickstart_gpu.json"),
+    "quickstart_cpu": content("quickstart_cpu.json"),
+    "benchmark": content("benchmark.json"),
+}
+(out / "first_gpu_run.json").write_text(json.dumps(whole, indent=2) + "\n")
+print(json.dumps({"parts": whole["parts"], "tests": {n: r["result"] for n, r in results.items()}}, indent=1))
+PYTHON
+rm -f "$out"/quickstart_*.json "$out/benchmark.json" "$out/tests.xml" "$out/parts.txt"
+cat "$out/summary.txt"
