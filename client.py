@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -286,7 +286,8 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
             ) from error
         if not is_out_of_memory(error):
             raise
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # the card may be too full for a context
+            torch.cuda.empty_cache()
         raise RuntimeError(f"out of GPU memory ({first_sentence(error)}); it helps: {advice(site.config)}") from None
     if "metrics" in reply.metric_records:
         reply.metric_records["metrics"]["total_s"] = time.perf_counter() - start

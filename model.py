@@ -409,7 +409,7 @@ def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
     return base.requires_grad_(False)
 
 
-def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str) -> Any:
+def load_weights(cfg: ModelConfig, dtype: torch.dtype | str, device: str) -> Any:
     """The base model with its weights, quantized if `model.quantization` says so and they are not stored like that.
 
     Raises:

@@ -251,7 +251,8 @@ def start(checkpoint: Path, options: argparse.Namespace) -> None:
     if options.merge:
         gpus.show([])  # a sum of weights is taken where there is room for them
     # the model libraries take seconds: what can be checked without them is checked first
-    from learning.answering import answer_all, ask, chat, evaluate, merge
+    from learning.answering import answer_all, ask, chat, evaluate
+    from learning.merging import merge
 
     quiet_transformers()
     if options.tasks:

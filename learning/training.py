@@ -64,8 +64,6 @@ def train_on(trainer: SFTTrainer, rows: list[dict[str, list[int]]], task: Task, 
     trainer.train_dataset = rows
     trainer.args.learning_rate = task.learning_rate
     trainer.optimizer = trainer.lr_scheduler = None
-    if trainer.accelerator.scaler is not None:  # of fp16: another client's gradients taught it its scale
-        trainer.accelerator.scaler = torch.amp.GradScaler(trainer.args.device.type)
     pull = task.proximal_mu / trainer.args.gradient_accumulation_steps
     with torch.random.fork_rng(), proximal_pull(model, pull):
         torch.manual_seed(seed)
@@ -158,7 +156,7 @@ def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
     given |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": config.batch_size // micro}
     defaults: dict[str, Any] = {
         "lr_scheduler_type": "constant",
-        "bf16": cuda and not given.get("fp16"),
+        "bf16": cuda,
         "dataloader_pin_memory": cuda,
         "disable_tqdm": True,
         "logging_strategy": "no",

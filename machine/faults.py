@@ -16,8 +16,8 @@ def is_unusable() -> bool:
         return False
     try:
         torch.cuda.synchronize()
-    except RuntimeError:  # torch.AcceleratorError, or an older one
-        return True
+    except RuntimeError as error:
+        return not is_out_of_memory(error)
     return False
 
 

@@ -1,5 +1,6 @@
 """What only a machine with a CUDA GPU can show: `python -m pytest -m gpu -n 0 tests/test_cuda.py`."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -38,9 +39,15 @@ SHORT = [
 PRECISIONS = ["none", "8", "4"]
 
 
-def worker_of(*overrides: str) -> Worker:
+def free() -> None:
+    """Give back what earlier tests held on the GPU."""
     client._resident.clear()
+    gc.collect()
     torch.cuda.empty_cache()
+
+
+def worker_of(*overrides: str) -> Worker:
+    free()
     return Worker(small(ON_GPU, *overrides))
 
 
@@ -258,7 +265,7 @@ def test_memory_of_a_step_is_as_estimated(bits, record_property):
 
 
 def test_out_of_memory_in_the_allocator_is_named_with_what_helps(tmp_path):
-    torch.cuda.empty_cache()
+    free()
     torch.cuda.set_per_process_memory_fraction(1e-5)
     try:
         with pytest.raises(RunError, match="out of GPU memory .*it helps: ") as raised:
@@ -311,10 +318,10 @@ def test_node_serves_runs_on_its_gpu_and_on_its_cpu_one_after_the_other(node_wor
 def test_node_whose_gpu_is_full_says_what_helps(node_worker):
     from flwr.app import RecordDict
 
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
+    free()
+    left, _ = torch.cuda.mem_get_info()
     overrides = "experiment=quickstart client_resources.num_gpus=1"
-    filler = torch.empty(free - 64_000_000, dtype=torch.uint8, device="cuda")  # no room for a context of 200 MB or more
+    filler = torch.empty(left - 64_000_000, dtype=torch.uint8, device="cuda")  # no room for a context of 200 MB or more
     try:
         with pytest.raises(RuntimeError, match="out of GPU memory .*it helps: "):
             resident.call("initial", overrides, {"partition-id": 0}, RecordDict())
