@@ -219,9 +219,9 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
 def evaluate_adapter(worker: Worker, adapter: Adapter, partition_id: int) -> Scores:
     """Scores of `adapter` on the rows that the client holds out, or on GLOBAL_SET; none if there are none."""
     adapters.set_adapter(worker.model, adapter)
-    asked, batch = worker.config.evaluate, worker.config.train.micro_batch_size
-    data = worker.held_out(partition_id)
-    return score(worker.model, worker.tokenizer, data, batch, asked.answers, asked.max_new_tokens)
+    asked, data = worker.config.evaluate, worker.held_out(partition_id)
+    tokens_at_once = worker.config.train.tokens_at_once
+    return score(worker.model, worker.tokenizer, data, tokens_at_once, asked.answers, asked.max_new_tokens)
 
 
 class Clock:

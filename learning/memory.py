@@ -61,7 +61,7 @@ def memory_bytes(size: Sizes, config: RunConfig) -> float:
     checkpointing keeps (one hidden state a layer), or all of them without it; the working set of the
     one layer that is recomputed; a tile of logits. Within 15% of FACTS' floors for OpenLLaMA.
     """
-    tokens = min(config.train.micro_batch_size, config.batch_size) * config.train.seq_length
+    tokens = config.train.tokens_at_once
     wide = adapters.compute_dtype().itemsize
     weights = size.linear * BYTES_PER_WEIGHT.get(config.model.quantization, wide) + wide * size.other
     layer = tokens * wide * (12 * size.hidden + 8 * size.intermediate)

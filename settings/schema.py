@@ -122,6 +122,11 @@ class TrainConfig:
         arguments = self.training_arguments
         return int(arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"])
 
+    @property
+    def tokens_at_once(self) -> int:
+        """Most tokens of one pass, padding included, in training, evaluation and answering."""
+        return min(self.micro_batch_size, self.batch_size) * self.seq_length
+
     @model_validator(mode="after")
     def check(self) -> Self:
         arguments = self.training_arguments

@@ -28,16 +28,17 @@ runpy.run_module("benchmarks.gpu", run_name="__main__")
 
 @pytest.mark.slow
 def test_gpu_benchmark_runs_where_flower_ray_and_hydra_are_absent(tmp_path):
-    arguments = ["--models", "tiny", "--quantizations", "4", "--micro-batches", "2", "--batch", "4", "--length", "32"]
+    arguments = ["--cases", "tiny:4:2", "tiny:5:2", "tiny:4:naive", "--batch", "4", "--length", "32"]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_FLOWER, *arguments, "--naive", f"--output={tmp_path / 'gpu.json'}"],
+        [sys.executable, "-c", WITHOUT_FLOWER, *arguments, f"--output={tmp_path / 'gpu.json'}"],
         cwd=SUITE_FOLDER, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
-    assert [result["kind"] for result in results] == ["passes of 2", "naive"]
-    assert results[0]["step_s"] > 0
-    assert results[0]["cached_load_s"] > 0
+    *small, good, bad, naive = results
+    assert [result["case"] for result in results] == [*gpu.PREFLIGHT, "tiny:4:2", "tiny:5:2", "tiny:4:naive"]
+    assert all(result["step_s"] > 0 for result in (*small, good, naive))  # one that fails does not take the next along
+    assert "error" in bad
 
 
 @pytest.mark.parametrize(("shape", "expected"), [("3B", 1.67e14), ("7B", 3.31e14)])

@@ -245,7 +245,6 @@ def test_target_that_a_model_lacks_is_answered_with_what_it_has(targets):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.lora.target_modules=[lm_head]", "would never be trained"),
         ("+model.lora.trainable_token_indices=[3]", "trainable_token_indices=.*cannot be trained here"),
         ("+model.lora.ensure_weight_tying=true", "ensure_weight_tying=True: cannot be trained here"),
         ("+model.lora.alora_invocation_tokens=[3]", "alora_invocation_tokens=.*cannot be trained here"),
