@@ -43,8 +43,8 @@ from exchange.scores import Scores, figures
 from exchange.transfer import to_record
 from hub import models as hub
 from learning.evaluation import HeldOut, held_out, score
-from learning.memory import advice
-from learning.training import Task, by_length, make_trainer, padded_tokens, peak_memory_bytes, train_on
+from learning.memory import advice, peak, settled, start_peak
+from learning.training import Task, by_length, make_trainer, padded_tokens, train_on
 from model import Adapter, first_sentence
 from settings.schema import RunConfig, SettingsError
 from utils import log_to_file, seed_of
@@ -119,7 +119,7 @@ class Worker:
             raise
         self.counts["model_loads"] += 1
         self.untrained = adapters.get_adapter(model)
-        return make_trainer(model, self.tokenizer, self.config)
+        return make_trainer(model, self.tokenizer, settled(self.config))
 
     @functools.cached_property
     def initial(self) -> Adapter:
@@ -190,6 +190,7 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
     clock = Clock()
     with clock.part("load_s"):
         trainer = worker.trainer
+        start_peak(worker.model.device)
         adapters.set_adapter(worker.model, adapter)
     with clock.part("data_s"):
         partition, (rows, _) = worker.partition(partition_id), worker.split(partition_id)
@@ -210,7 +211,7 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
         "padded_tokens": padded_tokens(batches, trainer.args.per_device_train_batch_size),
         "without_response": partition.counts["without_response"],
         "cut": partition.counts["cut"],
-        "peak_memory_bytes": peak_memory_bytes(),
+        **peak(trainer.model.device),
         **worker.take_counts(),
         **clock.seconds,
     }

@@ -83,9 +83,14 @@ def labelled_positions(labels: torch.Tensor) -> torch.Tensor:
     return (following != IGNORED).flatten().nonzero().squeeze(1)
 
 
+def inner_width(shapes: Any) -> int:
+    """Of a layer's part behind attention."""
+    return int(getattr(shapes, "intermediate_size", None) or 4 * shapes.hidden_size)
+
+
 def layer_values(shapes: Any) -> int:
     """Values a token that a decoder layer works on at once, forward and backward."""
-    return int(12 * shapes.hidden_size + 8 * getattr(shapes, "intermediate_size", 4 * shapes.hidden_size))
+    return int(12 * shapes.hidden_size + 8 * inner_width(shapes))
 
 
 def positions_at_once(shapes: Any, tokens: int) -> int:
@@ -117,7 +122,7 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *scale: Any) -> Any:
-        slopes, *of_trained = (gradient * scale[0] for gradient in ctx.saved_tensors)
+        slopes, *of_trained = (gradient.mul_(scale[0]) for gradient in ctx.saved_tensors)
         return slopes, None, *of_trained
 
 

@@ -21,7 +21,6 @@ import model as adapters
 from dataset import IGNORED
 from learning.head import labelled, labelled_positions
 from settings.schema import RunConfig, check_keywords
-from utils import peak_resident_bytes
 
 MANAGED_ARGUMENTS = {
     "learning_rate": "set train.learning_rate_max and train.learning_rate_min",
@@ -185,6 +184,7 @@ def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
     given = dict(config.train.training_arguments)
     check_keywords("train.training_arguments", given, SFTConfig, MANAGED_ARGUMENTS)
     cuda = adapters.default_device() == "cuda"
+    given["gradient_checkpointing"] = bool(given.get("gradient_checkpointing"))  # `auto` is settled before
     micro = min(config.train.micro_batch_size, config.batch_size)
     if given.get("gradient_checkpointing") and config.model.quantization == "8":
         given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": True})
@@ -212,8 +212,3 @@ def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
         use_cpu=not cuda,
         seed=config.seed,
     )
-
-
-def peak_memory_bytes() -> int:
-    """Most memory that this process ever held: on the GPU where there is one, else in main memory."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
