@@ -8,7 +8,9 @@ One client-round (10 steps of 16 rows) four ways, alternating, on one machine:
   naive  as well-known examples do it: for every client and round the model is loaded and quantized (fp4,
          float32 compute), prepared with float32 norms and embeddings, the rows are tokenized, and batches
          of 16 random rows are padded to the longest
-and 200 held-out rows two ways: a plain forward loop over labelled positions (plain), and the suite's evaluation (scored).
+and 200 held-out rows two ways:
+  plain  a plain forward loop over labelled positions
+  scored the suite's evaluation
 By default on a LLaMA of 7 million random weights and the docstrings of Python's library, so it needs nothing.
 """
 
