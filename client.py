@@ -43,8 +43,8 @@ from exchange.scores import Scores, figures
 from exchange.transfer import to_record
 from hub import models as hub
 from learning.evaluation import HeldOut, held_out, score
-from learning.memory import advice
-from learning.training import Task, by_length, make_trainer, padded_tokens, peak_memory_bytes, train_on
+from learning.memory import advice, peak, settled, start_peak
+from learning.training import Task, by_length, make_trainer, padded_tokens, train_on
 from machine.faults import is_out_of_memory, is_unusable
 from model import Adapter, first_sentence
 from settings.schema import RunConfig, SettingsError, WorkerError
@@ -121,7 +121,7 @@ class Worker:
             raise
         self.counts["model_loads"] += 1
         self.untrained = adapters.get_adapter(model)
-        return make_trainer(model, self.tokenizer, self.config)
+        return make_trainer(model, self.tokenizer, settled(self.config))
 
     @functools.cached_property
     def initial(self) -> Adapter:
@@ -192,6 +192,7 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
     clock = Clock()
     with clock.part("load_s"):
         trainer = worker.trainer
+        start_peak(worker.model.device)
         adapters.set_adapter(worker.model, adapter)
     with clock.part("data_s"):
         partition, (rows, _) = worker.partition(partition_id), worker.split(partition_id)
@@ -212,7 +213,7 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
         "padded_tokens": padded_tokens(batches, trainer.args.per_device_train_batch_size),
         "without_response": partition.counts["without_response"],
         "cut": partition.counts["cut"],
-        "peak_memory_bytes": peak_memory_bytes(),
+        **peak(trainer.model.device),
         **worker.take_counts(),
         **clock.seconds,
     }
@@ -221,9 +222,9 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
 def evaluate_adapter(worker: Worker, adapter: Adapter, partition_id: int) -> Scores:
     """Scores of `adapter` on the rows that the client holds out, or on GLOBAL_SET; none if there are none."""
     adapters.set_adapter(worker.model, adapter)
-    asked, batch = worker.config.evaluate, worker.config.train.micro_batch_size
-    data = worker.held_out(partition_id)
-    return score(worker.model, worker.tokenizer, data, batch, asked.answers, asked.max_new_tokens)
+    asked, data = worker.config.evaluate, worker.held_out(partition_id)
+    tokens_at_once = worker.config.train.tokens_at_once
+    return score(worker.model, worker.tokenizer, data, tokens_at_once, asked.answers, asked.max_new_tokens)
 
 
 class Clock:

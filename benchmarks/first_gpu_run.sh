@@ -3,13 +3,13 @@
 #
 # The tests marked gpu, the quickstart on the GPU and on the CPU, and benchmarks.gpu; offline. Each part has a time limit
 # of its own, so that one that hangs costs only itself. FOLDER (first_gpu_run) gets first_gpu_run.json, with versions,
-# the card, the result of every test, times and figures, and a log of each part.
+# the card, the result of every test, times and figures, and a log of each part. BENCHMARK=no leaves out benchmarks.gpu.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:-first_gpu_run}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 python=$(command -v python || command -v python3)
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TELL_AT_ONCE=1
 rm -f "$out"/*.log "$out"/*.json "$out"/*.xml "$out"/parts.txt
 
 left() { # seconds until all has to be over, at most $1
@@ -33,14 +33,14 @@ quickstart() { # NAME NUM_GPUS LIMIT_S
     rm -rf "$folder"
 }
 
-quickstart quickstart_cpu 0 "$(left 170)" & # needs none of what the others measure
-part tests "$(left 230)" "$python" -m pytest -m gpu -q -n 0 -ra --durations=10 -p no:cacheprovider \
-    --junitxml="$out/tests.xml" tests/test_cuda.py
-quickstart quickstart_gpu 1 "$(left 90)"
+quickstart quickstart_cpu 0 "$(left 120)" & # needs none of what the others measure
+tests=("$python" -m pytest -m gpu -v -n 0 -p no:cacheprovider -o faulthandler_timeout=60 --tb=short)
+part tests "$(left 200)" "${tests[@]}" --junitxml="$out/tests.xml" tests/test_cuda.py
+quickstart quickstart_gpu 1 "$(left 60)"
 wait
-[ "$(df --output=avail -k /dev/shm 2>/dev/null | tail -1 || echo 0)" -gt 50000000 ] && export TMPDIR=/dev/shm
-part benchmark "$(left 400)" "$python" -m benchmarks.gpu --models 7B 3B --quantizations 4 8 --micro-batches 4 --rounds 2 \
-    --output="$out/benchmark.json"
+if [ "${BENCHMARK:-yes}" = yes ]; then
+    part benchmark "$(left 300)" "$python" -m benchmarks.gpu --output="$out/benchmark.json"
+fi
 
 "$python" - "$out" >"$out/summary.txt" 2>&1 <<'PYTHON'
 import importlib.metadata

@@ -78,7 +78,8 @@ class Answerer:
         options = self.options
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
         chosen = (sampling if options.temperature else {}) | {"streamer": streamer}
-        found = generate(self.model, self.tokenizer, prompts, options.max_new_tokens, len(prompts), **chosen)
+        most = options.batch_size * options.seq_length
+        found = generate(self.model, self.tokenizer, prompts, options.max_new_tokens, most, **chosen)
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
 
     def say(self, messages: Sequence[dict[str, str]]) -> str:
@@ -207,7 +208,7 @@ def evaluate(checkpoint: Path, options: argparse.Namespace) -> None:
     if not len(partition):
         raise SettingsError(f"--evaluate={options.evaluate}: none of its rows has an output")
     data = held_out(partition, np.arange(len(partition)), rows, cfg.category_column)
-    asked = options.batch_size, options.answers, options.max_new_tokens
+    asked = options.batch_size * options.seq_length, options.answers, options.max_new_tokens
     found = {name: figures(score(answerer.model, answerer.tokenizer, data, *asked)) for name in answerer.models()}
     answered = f"{min(options.answers, len(partition))} answered in at most {options.max_new_tokens} tokens"
     what = f"{len(partition)} rows of {options.evaluate}, {answered}; {answerer.name}"

@@ -18,6 +18,7 @@ class Card:
 
     uuid: str
     name: str
+    total_bytes: float
     free_bytes: float
 
 
@@ -96,8 +97,9 @@ def cards() -> list[Card]:
     handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
     try:
         return [
-            Card(nvml.nvmlDeviceGetUUID(each), nvml.nvmlDeviceGetName(each), nvml.nvmlDeviceGetMemoryInfo(each).free)
+            Card(nvml.nvmlDeviceGetUUID(each), nvml.nvmlDeviceGetName(each), float(memory.total), float(memory.free))
             for each in handles
+            for memory in [nvml.nvmlDeviceGetMemoryInfo(each)]
         ]
     finally:
         nvml.nvmlShutdown()

@@ -23,7 +23,7 @@ from dataset import (
     tokenize_rows,
 )
 from hub import models as hub
-from learning.memory import Sizes, free_memory, memory_bytes, sizes
+from learning.memory import Sizes, describe_memory, sizes
 from learning.training import training_arguments
 from server.engine import check_machine, idle_gpus
 from server.strategies import make_strategy
@@ -198,7 +198,6 @@ def plan_sizes(config: RunConfig) -> dict[str, str]:
         tokenizer = adapters.read_tokenizer(config.model, offline=True)
         row = Dataset.from_dict({column: ["x"] for column in COLUMNS})
         check_template(config, tokenizer, read_template(config.dataset, tokenizer), row)
-    where, free = free_memory(config)
     check_budget(config, size.payload_bytes, size.once_bytes)
     rounds, sent, returned = traffic(config, size)
     early = "" if rounds == config.num_rounds else f"; strategy.max_bytes ends the run after round {rounds}"
@@ -207,7 +206,7 @@ def plan_sizes(config: RunConfig) -> dict[str, str]:
         "bytes down and up": f"{bytes_text(size.payload_bytes * sent)} and "
         f"{bytes_text(size.payload_bytes * returned + size.once_bytes)} in all, "
         f"{bytes_text(size.payload_bytes)} an adapter{early}",
-        "memory of a step": f"about {bytes_text(memory_bytes(size, config))}; free here: {bytes_text(free)} ({where})",
+        "memory of a step": describe_memory(config, size),
     }
 
 

@@ -126,6 +126,11 @@ class TrainConfig:
         arguments = self.training_arguments
         return int(arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"])
 
+    @property
+    def tokens_at_once(self) -> int:
+        """Most tokens of one pass, padding included, in training, evaluation and answering."""
+        return min(self.micro_batch_size, self.batch_size) * self.seq_length
+
     @model_validator(mode="after")
     def check(self) -> Self:
         arguments = self.training_arguments
@@ -133,6 +138,12 @@ class TrainConfig:
             value = arguments.get(key)
             if type(value) is not int or value < 1:
                 raise SettingsError(f"train.training_arguments.{key}={value}: use a whole number of at least 1")
+        value = arguments.get("gradient_checkpointing", False)
+        if value is not True and value is not False and value != "auto":
+            raise SettingsError(
+                f"train.training_arguments.gradient_checkpointing={value}: use true, false, or auto (off where memory "
+                "allows)"
+            )
         if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type", "constant") == "constant":
             raise SettingsError(
                 f"train.training_arguments.warmup_steps={arguments['warmup_steps']}: has no effect on a constant rate; "

@@ -38,6 +38,12 @@ absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 torch.set_num_threads(1)  # test processes share the cores, and threads that wait for others would spin on them
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A run on a borrowed machine may be cut off: what failed there is told at once."""
+    if report.failed and os.environ.get("TELL_AT_ONCE"):
+        print(f"\n{report.longreprtext}", file=sys.__stdout__, flush=True)
+
+
 @pytest.fixture(autouse=True)
 def same_gpus_for_every_test() -> Iterator[None]:
     """What runs in this process may hide GPUs from the processes that later tests start."""

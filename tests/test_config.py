@@ -38,7 +38,7 @@ def test_defaults_are_the_ones_that_users_rely_on():
     assert (config.train.seq_length, config.train.save_every_round, config.batch_size) == (512, 5, 16)
     arguments = config.train.training_arguments
     assert arguments["max_steps"] == 10
-    assert arguments["gradient_checkpointing"] is True
+    assert arguments["gradient_checkpointing"] == "auto"
     assert (config.sampling.fraction_fit, config.sampling.fraction_evaluate) == (0.1, 0.0)
     assert (config.client_resources.num_cpus, config.client_resources.num_gpus) == (8, 1.0)
     assert config.dataset.name == "vicgalle/alpaca-gpt4"

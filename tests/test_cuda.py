@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, Message, RecordDict
 
 import client
 import model as adapters
@@ -161,10 +162,10 @@ def test_held_out_loss_is_the_same_before_and_after_a_process_first_trains(bits)
     worker = worker_of(f"model.quantization={bits}", "dataset.holdout=0.2")
     data = worker.held_out(0)
     adapters.set_adapter(worker.model, worker.initial)
-    before = score(worker.model, worker.tokenizer, data, 4)
+    before = score(worker.model, worker.tokenizer, data, worker.config.train.tokens_at_once)
     a_round(worker)
     adapters.set_adapter(worker.model, worker.initial)
-    after = score(worker.model, worker.tokenizer, data, 4)
+    after = score(worker.model, worker.tokenizer, data, worker.config.train.tokens_at_once)
     assert {name: row.tolist() for name, row in before.items()} == {name: row.tolist() for name, row in after.items()}
 
 
@@ -210,27 +211,27 @@ def test_cached_quantized_model_computes_the_same_bits(bits, tmp_path):
 
 
 def test_run_started_on_a_gpu_is_resumed_on_another_device_with_the_same_state(tmp_path, record_property):
-    """On a second GPU if there is one, else on the CPU: what was written does not depend on where."""
-    _, whole = run_locally(small(ON_GPU, "num_rounds=4"), tmp_path / "whole")
-    client._resident.clear()
-    first, _ = run_locally(small(ON_GPU, "num_rounds=2", "train.save_every_round=1"), tmp_path / "torn")
-    other = small("client_resources.num_gpus=0", "num_rounds=4", "train.save_every_round=1")
+    """On the CPU here: what was written does not depend on where."""
+    four = ["num_rounds=4", "train.save_every_round=1"]
+    config, other = small(ON_GPU, *four), small("client_resources.num_gpus=0", *four)
+    _, summary = run_locally(config, tmp_path / "whole")
+    app = client.client_app(Site(config))
+
+    def until_round_3(message: Message, context: Context) -> Message:
+        if "config" in message.content and message.content["config"]["server-round"] == 3:
+            raise KeyboardInterrupt
+        return app(message=message, context=context)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_locally(config, tmp_path / "torn", until_round_3)
     federation = make_federation(other, tmp_path / "torn")
     federation.restore()
-    assert np.array_equal(flat(federation.record.state.adapter), flat(first.record.state.adapter))
+    at_round_2 = adapters.load_adapter(tmp_path / "whole" / "peft_2")
+    assert np.allclose(flat(federation.record.state.adapter), flat(at_round_2), atol=1e-4)
     client._resident.clear()
     resumed = federation.run(LocalGrid(client.client_app(Site(other)), other.num_clients))
-    record_property("final_losses", [whole["final_train_loss"], resumed["final_train_loss"]])
-    assert resumed["final_train_loss"] == pytest.approx(whole["final_train_loss"], rel=0.05)
-
-
-def test_scaler_of_fp16_starts_afresh_with_every_client():
-    worker = worker_of("+train.training_arguments.fp16=true")
-    first, _ = a_round(worker)
-    worker.trainer.accelerator.scaler.update(1.0)  # what another client's overflows would leave
-    again, _ = a_round(worker)
-    assert np.allclose(flat(first), flat(again), atol=1e-5)
-    assert worker.trainer.accelerator.scaler.get_scale() >= 2.0**15
+    record_property("final_losses", [summary["final_train_loss"], resumed["final_train_loss"]])
+    assert resumed["final_train_loss"] == pytest.approx(summary["final_train_loss"], rel=0.05)
 
 
 def test_training_builds_no_kernel_that_needs_a_compiler(tmp_path):
@@ -241,7 +242,7 @@ def test_training_builds_no_kernel_that_needs_a_compiler(tmp_path):
     )
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=SUITE_FOLDER, env=environment, capture_output=True, text=True, timeout=200,
+        [sys.executable, "-c", code], cwd=SUITE_FOLDER, env=environment, capture_output=True, text=True, timeout=100,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -303,8 +304,6 @@ def node_worker(monkeypatch):
 
 
 def test_node_serves_runs_on_its_gpu_and_on_its_cpu_one_after_the_other(node_worker):
-    from flwr.app import RecordDict
-
     for num_gpus, device in ((1, torch.cuda.get_device_name()), (0, "CPU x86_64"), (1, torch.cuda.get_device_name())):
         overrides = f"experiment=quickstart client_resources.num_gpus={num_gpus}"
         reply = resident.call("describe", overrides, {"partition-id": 0}, RecordDict())
@@ -316,8 +315,6 @@ def test_node_serves_runs_on_its_gpu_and_on_its_cpu_one_after_the_other(node_wor
 
 
 def test_node_whose_gpu_is_full_says_what_helps(node_worker):
-    from flwr.app import RecordDict
-
     free()
     left, _ = torch.cuda.mem_get_info()
     overrides = "experiment=quickstart client_resources.num_gpus=1"

@@ -9,6 +9,7 @@ import ray
 
 from client import Site
 from deployment import resident
+from learning.memory import place
 from machine import gpus
 from machine.gpus import Card
 from server import engine, plan
@@ -21,7 +22,7 @@ from tests.test_engine import ask
 from utils import SUITE_FOLDER
 
 CARDS = [
-    Card(f"GPU-{letter * 8}-0000", f"Fake {letter}", free * 1e9)
+    Card(f"GPU-{letter * 8}-0000", f"Fake {letter}", 24e9, free * 1e9)
     for letter, free in zip("abcd", (24, 16, 20, 12), strict=True)
 ]
 
@@ -115,11 +116,9 @@ def test_hidden_gpus_are_named_as_the_reason(monkeypatch):
 
 
 def test_plan_tells_of_the_fullest_gpu_and_of_main_memory_without_one(monkeypatch):
-    from learning.memory import free_memory
-
     machine(monkeypatch, 3, visible="2,1")
-    assert free_memory(compose()) == ("Fake b", 16e9)
-    assert free_memory(small())[0] == "CPU, main memory"
+    assert place(compose()) == ("Fake b", 24e9, 16e9)
+    assert place(small()).name == "CPU, main memory"
 
 
 @ray.remote
