@@ -3,7 +3,8 @@
 #
 # The tests marked gpu, the quickstart on the GPU and on the CPU, and benchmarks.gpu; offline. Each part has a time limit
 # of its own, so that one that hangs costs only itself. FOLDER (first_gpu_run) gets first_gpu_run.json, with versions,
-# the card, the result of every test, times and figures, and a log of each part. BENCHMARK=no leaves out benchmarks.gpu.
+# the card, the result of every test, times and figures, and a log of each part.
+# BENCHMARK=no leaves out benchmarks.gpu, and takes at most 200 s.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${1:-first_gpu_run}
@@ -12,8 +13,11 @@ python=$(command -v python || command -v python3)
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TELL_AT_ONCE=1
 rm -f "$out"/*.log "$out"/*.json "$out"/*.xml "$out"/parts.txt
 
+benchmark=${BENCHMARK:-yes}
+all=$([ "$benchmark" = yes ] && echo 465 || echo 190)
+
 left() { # seconds until all has to be over, at most $1
-    local rest=$((465 - SECONDS))
+    local rest=$((all - SECONDS))
     echo $((rest < $1 ? (rest > 5 ? rest : 5) : $1))
 }
 
@@ -33,12 +37,19 @@ quickstart() { # NAME NUM_GPUS LIMIT_S
     rm -rf "$folder"
 }
 
-quickstart quickstart_cpu 0 "$(left 120)" & # needs none of what the others measure
-tests=("$python" -m pytest -m gpu -v -n 0 -p no:cacheprovider -o faulthandler_timeout=60 --tb=short)
-part tests "$(left 200)" "${tests[@]}" --junitxml="$out/tests.xml" tests/test_cuda.py
-quickstart quickstart_gpu 1 "$(left 60)"
+tests() { # NAME LIMIT_S WHICH
+    part "$1" "$2" "$python" -m pytest -m gpu -v -n 0 -p no:cacheprovider -o faulthandler_timeout=60 --tb=short \
+        -k "$3" --junitxml="$out/$1.xml" tests/test_cuda.py
+}
+
+processes="run_without or plan_names or met_an_assert or compiler"
+quickstart quickstart_cpu 0 "$(left 120)" &
+quickstart quickstart_gpu 1 "$(left 120)" &
+tests tests_of_processes "$(left 130)" "$processes" &
+tests tests_of_models "$(left 130)" "not node and not ($processes)"
 wait
-if [ "${BENCHMARK:-yes}" = yes ]; then
+tests tests_of_nodes "$(left 60)" node # alone: one of them fills the card
+if [ "$benchmark" = yes ]; then
     part benchmark "$(left 300)" "$python" -m benchmarks.gpu --output="$out/benchmark.json"
 fi
 
@@ -68,11 +79,9 @@ def told(*command):
         return repr(error)
 
 
-def tests(file):
-    if not file.exists():
-        return {}
+def tests(files):
     found = {}
-    for case in ElementTree.parse(file).iter("testcase"):
+    for case in (case for file in files for case in ElementTree.parse(file).iter("testcase")):
         kinds = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
         said = next((child.get("message") for child in case if child.tag in kinds), None)
         facts = {each.get("name"): each.get("value") for each in case.iter("property")}
@@ -90,7 +99,7 @@ names = (
     "numpy safetensors"
 ).split()
 parts = [line.split() for line in (out / "parts.txt").read_text().splitlines()]
-results = tests(out / "tests.xml")
+results = tests(sorted(out.glob("tests_*.xml")))
 whole = {
     "commit": told("git", "rev-parse", "HEAD"),
     "python": platform.python_version(),
@@ -106,5 +115,5 @@ whole = {
 (out / "first_gpu_run.json").write_text(json.dumps(whole, indent=2) + "\n")
 print(json.dumps({"parts": whole["parts"], "tests": {n: r["result"] for n, r in results.items()}}, indent=1))
 PYTHON
-rm -f "$out"/quickstart_*.json "$out/benchmark.json" "$out/tests.xml" "$out/parts.txt"
+rm -f "$out"/quickstart_*.json "$out/benchmark.json" "$out"/tests_*.xml "$out/parts.txt"
 cat "$out/summary.txt"
