@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -256,8 +255,8 @@ def test_training_builds_no_kernel_that_needs_a_compiler(tmp_path):
 def test_memory_of_a_step_of_a_3b_is_as_estimated(bits, record_property):
     free()
     case = gpu.Case(f"3B:{bits}:4", batch=16, length=512, rate=1.0)
-    asked = EvaluateConfig(every_rounds=1, answers=0, max_new_tokens=1)
-    config = replace(gpu.settings(case), transfer="fp32", evaluate=asked)
+    config = gpu.settings(case)
+    config.transfer, config.evaluate = "fp32", EvaluateConfig(every_rounds=1, answers=0, max_new_tokens=1)
     shape = LlamaConfig(**gpu.SHAPES["3B"], tie_word_embeddings=False)
     estimate, allocated = memory_bytes(sizes(shape, config), config), 1e9 * gpu.run_suite(case)["allocated_gb"]
     record_property("estimated_and_allocated", [estimate, allocated])
