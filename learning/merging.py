@@ -5,10 +5,12 @@ in float32; each sum goes to a file beside the result, and is mapped in turn unt
 """
 
 import argparse
+import ctypes
 import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,11 +150,18 @@ def summed(model: Any, pieces: Pieces) -> Any:
             for parameter in base.parameters(recurse=False):
                 parameter.data = pieces.put(parameter.data)
                 done.add(id(parameter))
+            give_back()
         merged = model.merge_and_unload()
     for tensor in (*merged.parameters(), *merged.buffers()):
         if id(tensor) not in done:
             tensor.data = pieces.put(tensor.data)
     return merged
+
+
+def give_back() -> None:
+    """Return freed memory to the system, of which glibc keeps blocks of tens of megabytes for later."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tuned_layers(model: Any) -> Iterator[tuple[torch.nn.Module, list[BaseTunerLayer]]]:
