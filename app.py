@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from deployment import resident
 from exchange.faults import replied
+from machine import gpus
 from runs import runfolder
 from settings.overrides import to_type
 from settings.resume import read_settings
@@ -28,6 +29,7 @@ server = ServerApp()
 def serve(grid: Grid, context: Context) -> None:
     """A deployed run: as in simulation, with results in a run folder below the SuperLink's working folder."""
     send_nothing_home()
+    gpus.show([])  # a server computes nothing
     overrides = shlex.split(str(context.run_config.get(OVERRIDES, "")))
     folder = None
     try:

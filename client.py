@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -43,10 +43,11 @@ from exchange.scores import Scores, figures
 from exchange.transfer import to_record
 from hub import models as hub
 from learning.evaluation import HeldOut, held_out, score
-from learning.memory import advice
-from learning.training import Task, by_length, make_trainer, padded_tokens, peak_memory_bytes, train_on
+from learning.memory import advice, peak, settled, start_peak
+from learning.training import Task, by_length, make_trainer, padded_tokens, train_on
+from machine.faults import is_out_of_memory, is_unusable
 from model import Adapter, first_sentence
-from settings.schema import RunConfig, SettingsError
+from settings.schema import RunConfig, SettingsError, WorkerError
 from utils import log_to_file, seed_of
 
 FETCHED_S = 2.0  # how long a client's introduction waits for the base model to be on its machine
@@ -113,13 +114,14 @@ class Worker:
             raise self.broken
         config = self.config.model
         try:
-            model = adapters.add_adapter(adapters.load_base(config), config)
+            device = adapters.device_of(self.config.client_resources)
+            model = adapters.add_adapter(adapters.load_base(config, device), config)
         except SettingsError as error:
             self.broken = error
             raise
         self.counts["model_loads"] += 1
         self.untrained = adapters.get_adapter(model)
-        return make_trainer(model, self.tokenizer, self.config)
+        return make_trainer(model, self.tokenizer, settled(self.config))
 
     @functools.cached_property
     def initial(self) -> Adapter:
@@ -190,6 +192,7 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
     clock = Clock()
     with clock.part("load_s"):
         trainer = worker.trainer
+        start_peak(worker.model.device)
         adapters.set_adapter(worker.model, adapter)
     with clock.part("data_s"):
         partition, (rows, _) = worker.partition(partition_id), worker.split(partition_id)
@@ -210,7 +213,7 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
         "padded_tokens": padded_tokens(batches, trainer.args.per_device_train_batch_size),
         "without_response": partition.counts["without_response"],
         "cut": partition.counts["cut"],
-        "peak_memory_bytes": peak_memory_bytes(),
+        **peak(trainer.model.device),
         **worker.take_counts(),
         **clock.seconds,
     }
@@ -219,9 +222,9 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
 def evaluate_adapter(worker: Worker, adapter: Adapter, partition_id: int) -> Scores:
     """Scores of `adapter` on the rows that the client holds out, or on GLOBAL_SET; none if there are none."""
     adapters.set_adapter(worker.model, adapter)
-    asked, batch = worker.config.evaluate, worker.config.train.micro_batch_size
-    data = worker.held_out(partition_id)
-    return score(worker.model, worker.tokenizer, data, batch, asked.answers, asked.max_new_tokens)
+    asked, data = worker.config.evaluate, worker.held_out(partition_id)
+    tokens_at_once = worker.config.train.tokens_at_once
+    return score(worker.model, worker.tokenizer, data, tokens_at_once, asked.answers, asked.max_new_tokens)
 
 
 class Clock:
@@ -277,8 +280,15 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
         log_to_file(site.log_file)
     try:
         reply = HANDLERS[name](site, content, partition_id)
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        if is_unusable():
+            raise WorkerError(
+                f"its GPU failed ({first_sentence(error)}), and its worker process was replaced"
+            ) from error
+        if not is_out_of_memory(error):
+            raise
+        with suppress(RuntimeError):  # the card may be too full for a context
+            torch.cuda.empty_cache()
         raise RuntimeError(f"out of GPU memory ({first_sentence(error)}); it helps: {advice(site.config)}") from None
     if "metrics" in reply.metric_records:
         reply.metric_records["metrics"]["total_s"] = time.perf_counter() - start
@@ -288,7 +298,7 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
 def describe(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
     """Who this client is: its partition, its number of rows, its device; and what it is still waiting for."""
     worker = resident_worker(site)
-    facts = ConfigRecord({"partition-id": partition_id, "device": device_name(), "own-data": site.own_rows})
+    facts = ConfigRecord({"partition-id": partition_id, "device": device_name(site.config), "own-data": site.own_rows})
     try:
         worker.fetching.result(FETCHED_S if site.is_resident else None)  # else the download would end with the process
         facts["num-rows"] = len(worker.raw_rows(partition_id))
@@ -352,8 +362,9 @@ def worker_record() -> ConfigRecord:
     return ConfigRecord({"process": f"{platform.node()}:{os.getpid()}"})
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
+def device_name(config: RunConfig) -> str:
+    on_gpu = adapters.device_of(config.client_resources) == "cuda"
+    return torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}"
 
 
 def received_adapter(worker: Worker, content: RecordDict) -> Adapter:

@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from machine import gpus
 from runs import runfolder, stopping
 from runs.compare import SweepReport
 from runs.reading import COMPLETE, read_run
@@ -51,6 +52,7 @@ def job(cfg: DictConfig) -> float:
             if ended:
                 print(f"it was ended early by {ended}; resume it with a larger value")
             return objective(done.results)
+        gpus.show([])  # this process computes nothing: its workers alone see GPUs
         if not config.dry_run:
             engine.check_machine(config)
             engine.begin(config)

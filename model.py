@@ -38,7 +38,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hub import models as hub
 from settings.lora import check_lora
-from settings.schema import ModelConfig, SettingsError, check_keywords
+from settings.schema import ClientResources, ModelConfig, SettingsError, check_keywords
 from utils import let_others_read, local_path, shipped_path, shortened, torn_files, write_digests
 
 log = logging.getLogger(__name__)
@@ -231,8 +231,6 @@ class LanguagePart(NamedTuple):
     """Names of all its modules."""
     linear: set[str]
     """Last parts of the names of its linear layers."""
-    head: str
-    """Name of the layer that makes logits of hidden states."""
     others: str | None
     """A pattern for the modules that are not in it; None if it is the whole model."""
 
@@ -245,7 +243,7 @@ def language_part(model: Any) -> LanguagePart:
     inside = [name for name in linear if name == head or name.startswith(f"{decoder}." if decoder else "")]
     others = None if inside == linear else rf"(?!{re.escape(decoder)}\.|{re.escape(head)}$).*"
     modules = [name for name in names.values() if not (others and re.fullmatch(others, name))]
-    return LanguagePart(modules, {name.rpartition(".")[2] for name in inside}, head, others)
+    return LanguagePart(modules, {name.rpartition(".")[2] for name in inside}, others)
 
 
 def patterns(names: Any) -> dict[str, str]:
@@ -260,7 +258,7 @@ def patterns(names: Any) -> dict[str, str]:
 
 
 def check_named_modules(lora: LoraConfig, model: Any, part: LanguagePart) -> None:
-    """Raise SettingsError if `lora` names what the language part of `model` lacks, or what would not be trained."""
+    """Raise SettingsError if `lora` names what the language part of `model` lacks."""
     leaves = {name.rpartition(".")[2] for name in part.modules}
     known = {leaf for leaf in leaves if leaf and not leaf.isdigit()}
     parameters = [name for name, _ in model.named_parameters()]
@@ -280,12 +278,6 @@ def check_named_modules(lora: LoraConfig, model: Any, part: LanguagePart) -> Non
                 raise SettingsError(
                     f"model.lora.{key}={name}: the language part of this model has no such {what}; it has "
                     f"{', '.join(sorted(part.linear if key == 'target_modules' else known))}"
-                )
-            if key == "target_modules" and matches(part.head):
-                raise SettingsError(
-                    f"model.lora.target_modules={name}: the trainer reads the weights of {part.head} itself, so LoRA "
-                    f"in it would never be trained; leave it out, or train it whole: model.lora.modules_to_save="
-                    f"[{part.head}]"
                 )
 
 
@@ -409,7 +401,7 @@ def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
     return base.requires_grad_(False)
 
 
-def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str) -> Any:
+def load_weights(cfg: ModelConfig, dtype: torch.dtype | str, device: str) -> Any:
     """The base model with its weights, quantized if `model.quantization` says so and they are not stored like that.
 
     Raises:
@@ -417,13 +409,7 @@ def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str) -> Any:
     """
     folder, options = base_folder(cfg, weights=True), {}
     if cfg.quantization != "none" and not stored_bits(cfg.name, read_config(cfg)):
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=cfg.quantization == "4",
-            load_in_8bit=cfg.quantization == "8",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        options["quantization_config"] = quantized_in(cfg.quantization, dtype)
     try:
         base, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -453,6 +439,17 @@ def load_weights(cfg: ModelConfig, dtype: torch.dtype, device: str) -> Any:
             "the model that its config.json describes"
         )
     return base
+
+
+def quantized_in(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How weights are quantized in "4" or "8" bits: nf4 with double quantization, which computes in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == "4",
+        load_in_8bit=bits == "8",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def load_cached(cfg: ModelConfig, device: str) -> Any:
@@ -498,7 +495,13 @@ def cache_key(cfg: ModelConfig, device: str | None = None) -> str:
 
 
 def default_device() -> str:
+    """Where this process computes, if no run says it."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_of(resources: ClientResources) -> str:
+    """Where a run's clients train in this process: `client_resources.num_gpus` decides, where there is a GPU at all."""
+    return default_device() if resources.num_gpus else "cpu"
 
 
 def compute_dtype(device: str | None = None) -> torch.dtype:
@@ -509,6 +512,14 @@ def compute_dtype(device: str | None = None) -> torch.dtype:
     """
     native = (device or default_device()) == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def arithmetic(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """What `model` computes in, wherever it is used: with a base model in bfloat16, so do an adapter's products.
+
+    The adapter's weights stay float32. Training, evaluation and answers all use this, and so agree.
+    """
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
 
 
 def check_device(use_dora: bool, quantization: str, device: str) -> None:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from machine import gpus
 from runs.runfolder import find_checkpoint
 from settings.schema import RunError, SettingsError
 from utils import DIGESTS_FILE, quiet_transformers, send_nothing_home
@@ -247,8 +248,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def start(checkpoint: Path, options: argparse.Namespace) -> None:
+    if options.merge:
+        gpus.show([])  # a sum of weights is taken where there is room for them
     # the model libraries take seconds: what can be checked without them is checked first
-    from learning.answering import answer_all, ask, chat, evaluate, merge
+    from learning.answering import answer_all, ask, chat, evaluate
+    from learning.merging import merge
 
     quiet_transformers()
     if options.tasks:

@@ -1,6 +1,7 @@
 """Small pure helpers that several modules share: paths, schedule, seeds, files, metrics."""
 
 import atexit
+import contextlib
 import functools
 import gc
 import hashlib
@@ -153,6 +154,9 @@ def quiet_transformers() -> None:
 
     logging.captureWarnings(True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+        logging.ERROR
+    )  # one for each layer and pass in 8 bits
     logging.getLogger().addHandler(logging.NullHandler())  # without any handler, Python writes to stderr
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
@@ -306,8 +310,18 @@ def best_round(metrics: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def peak_resident_bytes() -> int:
-    """Most main memory that this process ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most main memory that this process held since `forget_peak`, or ever."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak() -> None:
+    """Let `peak_resident_bytes` start anew, where the system allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def bytes_text(count: float) -> str:

@@ -1,20 +1,26 @@
-"""python -m benchmarks.gpu [--models 3B 7B] [--quantizations 4 8] [--naive] [--output=FILE.json]
+"""python -m benchmarks.gpu [--cases 7B:4:16 7B:4:4:whole 3B:8:16 7B:4:naive ...] [--kernels] [--output=FILE.json]
 
 Client-rounds on OpenLLaMA shapes with random weights: memory and time do not depend on the values, so nothing is
-downloaded. For every model and quantization: peak memory allocated and reserved, seconds of an optimizer step,
-tokens a second, the share of the device's measured bf16 matrix rate, and the seconds that a base model takes to
-load, quantized on the way and from the cache of `model.cache_folder`. `--naive` adds the settings of well-known
-examples on the same device (fp4 with float32 compute, float32 norms and embeddings, one pass of 16, an attention
-mask). Needs torch, transformers, peft, accelerate, trl, datasets and bitsandbytes; neither flwr, ray nor hydra.
-On a CPU it is a test of itself: --models tiny --batch 4 --length 32.
+downloaded, and the weights are made on the device. A case is MODEL:BITS:ROWS, with so many rows in a pass; `:whole`
+behind it means without checkpointing. For each: peak memory allocated and reserved, seconds of an optimizer step,
+tokens a second, and the share of the device's measured bf16 matrix rate. MODEL:BITS:naive has the settings of
+well-known examples on the same device (fp4 with float32 compute, float32 norms and embeddings, one pass of all rows,
+an attention mask, full logits). `--kernels` adds where a step's time goes on the device.
+
+Every token is labelled, which is the most that a step can take. A tiny model goes first, to find what cannot work at
+all. Each case runs in a process that is replaced when one fails, and the results are written after each. Needs torch,
+transformers, peft, accelerate, trl, datasets and bitsandbytes; neither flwr, ray nor hydra.
+On a CPU it is a test of itself: --cases tiny:4:2 tiny:4:naive --batch 4 --length 32.
 """
 
 import argparse
 import gc
-import json
+import multiprocessing
 import statistics
-import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +29,13 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
+from torch.profiler import ProfilerActivity, profile
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import model as adapters
 from learning.training import Task, make_trainer, train_on
-from settings.schema import DatasetConfig, ModelConfig, RunConfig, TrainConfig
-from utils import quiet_transformers
+from settings.schema import ClientResources, DatasetConfig, ModelConfig, RunConfig, TrainConfig
+from utils import quiet_transformers, write_json
 
 SHAPES: dict[str, dict[str, int]] = {  # of OpenLLaMA v2
     name: {
@@ -39,8 +46,48 @@ SHAPES: dict[str, dict[str, int]] = {  # of OpenLLaMA v2
         ("3B", 3200, 26, 8640, 32, 32000), ("7B", 4096, 32, 11008, 32, 32000), ("tiny", 64, 2, 192, 2, 512)
     )
 }  # fmt: skip
+DEFAULT = (
+    "7B:4:16", "7B:4:4", "7B:4:16:whole", "3B:4:16", "3B:8:16", "7B:4:naive", "7B:8:16", "3B:4:4", "3B:8:4", "7B:8:4",
+    "3B:4:16:whole",
+)  # fmt: skip
+PREFLIGHT = ("tiny:4:2", "tiny:8:2", "tiny:4:4:whole", "tiny:4:naive")
 LORA = {"r": 32, "lora_alpha": 64, "lora_dropout": 0.075, "target_modules": ["q_proj", "v_proj"]}
 RATE = 5e-5
+STEPS = 3  # of a measured client-round
+COLUMNS = ("allocated_gb", "reserved_gb", "step_s", "tokens_per_s", "share_of_rate")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    name: str
+    batch: int
+    length: int
+    rate: float
+    """The device's, in floating-point operations a second."""
+    kernels: bool = False
+
+    @property
+    def shape(self) -> str:
+        return self.name.split(":")[0]
+
+    @property
+    def bits(self) -> str:
+        return self.name.split(":")[1]
+
+    @property
+    def is_naive(self) -> bool:
+        return self.name.endswith(":naive")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a pass."""
+        return self.batch if self.is_naive else min(self.batch, int(self.name.split(":")[2]))
+
+    @property
+    def checkpointing(self) -> bool:
+        return not self.name.endswith(":whole")
 
 
 def on_gpu() -> bool:
@@ -59,40 +106,32 @@ def free() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-@dataclass
-class Case:
-    """One line of the table."""
-
-    model: str
-    quantization: str
-    micro_batch_size: int
-    checkpointing: bool = True
-
-
-def write_weights(folder: Path, shape: str) -> Path:
-    """A model of that shape with random bfloat16 weights, made on the device and saved once."""
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False)
+def random_base(case: Case, quantization: BitsAndBytesConfig) -> Any:
+    """A model of the case's shape with random bfloat16 weights, quantized as transformers does when it loads them."""
+    shape = LlamaConfig(**SHAPES[case.shape], max_position_embeddings=2048, tie_word_embeddings=False)
     with torch.device(adapters.default_device()):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder / shape)
-    return folder / shape
+        weights = LlamaForCausalLM._from_config(shape, dtype=torch.bfloat16).state_dict()
+    return LlamaForCausalLM.from_pretrained(
+        None, config=shape, state_dict=weights, quantization_config=quantization, dtype=torch.bfloat16,
+        device_map={"": adapters.default_device()},
+    )  # fmt: skip
 
 
-def settings(case: Case, name: Path, cache: Path | None, batch: int, length: int) -> RunConfig:
+def settings(case: Case) -> RunConfig:
     arguments = {
-        "per_device_train_batch_size": batch, "gradient_accumulation_steps": 1, "max_steps": 3,
+        "per_device_train_batch_size": case.batch, "gradient_accumulation_steps": 1, "max_steps": STEPS,
         "gradient_checkpointing": case.checkpointing, "max_grad_norm": 1.0, "optim": "adamw_torch",
     }  # fmt: skip
     return RunConfig(
         model=ModelConfig(
-            name=str(name), quantization=case.quantization, trust_remote_code=False, lora=dict(LORA),
-            cache_folder=str(cache) if cache else None,
+            name="random", quantization=case.bits, trust_remote_code=False, lora=dict(LORA), cache_folder=None
         ),
         dataset=DatasetConfig(partitioner={}),
         train=TrainConfig(
-            learning_rate_max=RATE, learning_rate_min=RATE, seq_length=length,
-            micro_batch_size=case.micro_batch_size, save_every_round=1, training_arguments=arguments,
+            learning_rate_max=RATE, learning_rate_min=RATE, seq_length=case.length, micro_batch_size=case.rows,
+            save_every_round=1, training_arguments=arguments,
         ),
+        client_resources=ClientResources(num_cpus=1, num_gpus=float(on_gpu())),
         strategy={},
         seed=0,
     )  # fmt: skip
@@ -131,14 +170,15 @@ def matrix_rate() -> float:
 def step_operations(shape: str, tokens: int, length: int, checkpointing: bool = True) -> float:
     """Floating-point operations of one optimizer step as the device does them.
 
-    Frozen weights need no weight gradient: 2 operations a weight and token forward, 2 backward, and 2 more where
-    checkpointing computes the forward pass again; attention's products likewise, halved by the causal mask.
+    Frozen weights need no weight gradient: 2 operations a weight and token forward, 2 backward, and in the layers 2
+    more where checkpointing computes the forward pass again; attention's products likewise, halved by the causal mask.
     """
     facts = SHAPES[shape]
     hidden, layers = facts["hidden_size"], facts["num_hidden_layers"]
-    weights = layers * (4 * hidden**2 + 3 * hidden * facts["intermediate_size"]) + hidden * facts["vocab_size"]
+    weights = layers * (4 * hidden**2 + 3 * hidden * facts["intermediate_size"])
     attention = layers * 2 * hidden * length
-    return tokens * ((6 if checkpointing else 4) * weights + (4 if checkpointing else 3) * attention)
+    in_layers = (6 if checkpointing else 4) * weights + (4 if checkpointing else 3) * attention
+    return tokens * (in_layers + 4 * hidden * facts["vocab_size"])
 
 
 def peaks() -> dict[str, float]:
@@ -150,106 +190,136 @@ def peaks() -> dict[str, float]:
     }
 
 
-def run_case(case: Case, weights: Path, cache: Path, batch: int, length: int, rate: float) -> dict[str, Any]:
-    """Client-rounds of three steps; the first one warms up."""
-    seconds = {}
-    for name, folder in (("load_s", None), ("", cache), ("cached_load_s", cache)):  # the second fills the cache
-        base = None
-        free()
-        start = time.perf_counter()
-        base = adapters.load_base(settings(case, weights, folder, batch, length).model)
-        synchronize()
-        if name:
-            seconds[name] = time.perf_counter() - start
-    config = settings(case, weights, cache, batch, length)
-    free()
+@contextmanager
+def clock(times: list[float]) -> Iterator[None]:
+    synchronize()
+    start = time.perf_counter()
+    yield
+    synchronize()
+    times.append(time.perf_counter() - start)
+
+
+def run_suite(case: Case) -> dict[str, Any]:
+    """Client-rounds of this suite; the first one warms up."""
+    config = settings(case)
+    base = random_base(case, adapters.quantized_in(case.bits, torch.bfloat16)).requires_grad_(False)
     trainer = make_trainer(adapters.add_adapter(base, config.model), any_tokenizer(), config)
-    rows = random_rows(3 * batch, length, SHAPES[case.model]["vocab_size"])
-    adapter, steps = adapters.get_adapter(trainer.model), []
-    for number in range(4):
-        synchronize()
-        start = time.perf_counter()
+    rows = random_rows(STEPS * case.batch, case.length, SHAPES[case.shape]["vocab_size"])
+    adapter, times = adapters.get_adapter(trainer.model), list[float]()
+
+    def client_round() -> None:
         adapters.set_adapter(trainer.model, adapter)
-        train_on(trainer, rows, Task(number + 1, RATE), seed=number)
-        adapter = adapters.get_adapter(trainer.model)
-        synchronize()
-        if number:
-            steps.append((time.perf_counter() - start) / 3)
-    step = statistics.median(steps)
-    share = step_operations(case.model, batch * length, length, case.checkpointing) / step / rate
-    result = peaks() | {"step_s": step, "tokens_per_s": batch * length / step, "share_of_rate": share, **seconds}
-    del trainer, base
-    return result
+        train_on(trainer, rows, Task(1, RATE), seed=0)
+        adapters.get_adapter(trainer.model)
 
-
-def run_naive(case: Case, weights: Path, batch: int, length: int) -> dict[str, Any]:
-    """The same step with the settings of well-known examples."""
     free()
-    quantization = BitsAndBytesConfig(load_in_4bit=case.quantization == "4", load_in_8bit=case.quantization == "8")
-    device = adapters.default_device()
-    base = AutoModelForCausalLM.from_pretrained(
-        weights, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": device}
-    )
-    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA))
-    model.train()
-    free()  # as in run_case: the peak is that of training
+    for _ in range(3):
+        with clock(times):
+            client_round()
+    step = min(times[1:]) / STEPS
+    done = step_operations(case.shape, case.batch * case.length, case.length, case.checkpointing)
+    return peaks() | told(case, step) | {"share_of_rate": done / step / case.rate} | kernels(case, client_round)
+
+
+def run_naive(case: Case) -> dict[str, Any]:
+    """The same step with the settings of well-known examples."""
+    bits = BitsAndBytesConfig(load_in_4bit=case.bits == "4", load_in_8bit=case.bits == "8")
+    base = prepare_model_for_kbit_training(random_base(case, bits), use_gradient_checkpointing=True)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA)).train()
+    free()  # as in run_suite: the peak is that of training
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE)
-    rows = random_rows(batch, length, SHAPES[case.model]["vocab_size"])
-    ids = torch.tensor([row["input_ids"] for row in rows], device=device)
-    steps = []
-    for number in range(4):
-        synchronize()
-        start = time.perf_counter()
+    rows, times = random_rows(case.batch, case.length, SHAPES[case.shape]["vocab_size"]), list[float]()
+    ids = torch.tensor([row["input_ids"] for row in rows], device=adapters.default_device())
+
+    def step() -> None:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    for _ in range(3):
+        with clock(times):
+            step()
+    return peaks() | told(case, statistics.median(times[1:])) | kernels(case, step)
+
+
+def told(case: Case, step_s: float) -> dict[str, float]:
+    return {"step_s": step_s, "tokens_per_s": case.batch * case.length / step_s}
+
+
+def kernels(case: Case, work: Callable[[], None]) -> dict[str, Any]:
+    """Seconds on the device by kernel, the longest first, while `work` is done once more."""
+    if not (case.kernels and on_gpu()):
+        return {}
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        work()
         synchronize()
-        if number:
-            steps.append(time.perf_counter() - start)
-    result = peaks() | {"step_s": statistics.median(steps)}
-    del model, base, optimizer
-    return result
+    found = [(event.key, event.self_device_time_total / 1e6, event.count) for event in profiled.key_averages()]
+    return {"kernels": [line for line in sorted(found, key=lambda line: -line[1]) if line[1] > 1e-3][:40]}
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    quiet_transformers()
+    try:
+        return run_naive(case) if case.is_naive else run_suite(case)
+    except torch.cuda.OutOfMemoryError:
+        return {"error": "out of memory"}
+    finally:
+        free()
+
+
+class Child:
+    """A process that runs cases, and is replaced when one fails."""
+
+    def __init__(self) -> None:
+        self.pool: ProcessPoolExecutor | None = None
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns there, or what went wrong."""
+        self.pool = self.pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        try:
+            return self.pool.submit(function, *arguments).result(timeout=240)
+        except Exception as error:  # whatever it is, the other cases go on
+            self.close()
+            return {"error": f"{type(error).__name__}: {error}"[:2000]}
+
+    def close(self) -> None:
+        if self.pool:
+            for process in list((self.pool._processes or {}).values()):
+                process.terminate()
+            self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool = None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["3B", "7B"])
-    parser.add_argument("--quantizations", nargs="+", choices=["4", "8"], default=["4", "8"])
-    parser.add_argument("--micro-batches", nargs="+", type=int, default=[16, 4])
+    parser.add_argument("--cases", nargs="+", default=DEFAULT)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--naive", action="store_true")
+    parser.add_argument("--seconds", type=float, default=210.0, help="no case starts later than this")
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    quiet_transformers()
-    rate, results = matrix_rate(), []
-    name = torch.cuda.get_device_name() if on_gpu() else "CPU"
-    print(f"{name}, {rate / 1e12:.1f} TFLOP/s in bf16; a step is {options.batch} x {options.length} tokens")
-    columns = ("allocated_gb", "reserved_gb", "step_s", "tokens_per_s", "share_of_rate", "load_s", "cached_load_s")
-    print(f"{'model':<28}" + "".join(f"{column:>15}" for column in columns))
-    with tempfile.TemporaryDirectory() as folder:
-        for shape in options.models:
-            weights = write_weights(Path(folder), shape)
-            for quantization in options.quantizations:
-                cases = [Case(shape, quantization, min(micro, options.batch)) for micro in options.micro_batches]
-                runs = [(f"passes of {case.micro_batch_size}", case) for case in cases]
-                for label, case in [*runs, *([("naive", cases[0])] if options.naive else [])]:
-                    try:
-                        if label == "naive":
-                            facts = run_naive(case, weights, options.batch, options.length)
-                        else:
-                            cache = Path(folder) / "cache"
-                            facts = run_case(case, weights, cache, options.batch, options.length, rate)
-                    except torch.cuda.OutOfMemoryError:
-                        facts = {"error": "out of memory"}
-                    free()
-                    results.append({"model": shape, "quantization": quantization, "kind": label, **facts})
-                    cells = "".join(f"{facts[c]:>15.3g}" if c in facts else f"{'-':>15}" for c in columns)
-                    print(f"{f'{shape} {quantization}-bit, {label}':<28}{cells}", flush=True)
-    if options.output:
-        whole = {"device": name, "bf16_flops": rate, "results": results}
-        options.output.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    start, child = time.monotonic(), Child()
+    rate = child.run(matrix_rate)
+    if isinstance(rate, dict):  # an error: the rest can be measured all the same
+        print(rate["error"])
+        rate = float("nan")
+    whole = {"rate": rate, "torch": torch.__version__, "batch": options.batch, "length": options.length, "results": []}
+    print(f"bf16 matrix products: {rate} operations a second; a step is {options.batch} x {options.length} tokens")
+    print(f"{'case':<18}" + "".join(f"{column:>15}" for column in COLUMNS))
+    small = [Case(name, 4, 32, rate) for name in PREFLIGHT]
+    for case in [*small, *(Case(name, options.batch, options.length, rate, options.kernels) for name in options.cases)]:
+        if time.monotonic() - start > options.seconds:
+            print(f"{case.name:<18} no time left")
+            continue
+        begun = time.monotonic()
+        facts = child.run(run_case, case)
+        whole["results"].append({"case": case.name, **facts, "wall_s": time.monotonic() - begun})
+        cells = "".join(f"{facts[c]:>15.3g}" if c in facts else f"{'-':>15}" for c in COLUMNS)
+        print(f"{case.name:<18}{cells}  {facts.get('error', '')[:200]}", flush=True)
+        if options.output:
+            write_json(options.output, whole)
+    child.close()
 
 
 if __name__ == "__main__":

@@ -46,12 +46,22 @@ def write_rows(path: Path, count: int = 3900) -> Path:
     return path
 
 
-def write_model(folder: Path, shape: str) -> Path:
-    """A LLaMA of that shape with random weights and the embedded tokenizer, saved like any other model."""
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+def write_model(folder: Path, shape: str, vocabulary: int = 32000) -> Path:
+    """A LLaMA of that shape with random weights, saved like any other model.
+
+    Its tokenizer is the embedded one. Tokens that fill it up to `vocabulary` never occur in text.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in TOKENIZER.glob("tokenizer*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if "model" in content:
+            known = content["model"]["vocab"]
+            first = max(*known.values(), *(token["id"] for token in content["added_tokens"])) + 1
+            known |= {f"<unused {number}>": number for number in range(first, vocabulary)}
+        (folder / file.name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **SHAPES[shape])
     config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder

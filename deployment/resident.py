@@ -22,13 +22,18 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from settings.schema import RunError, SettingsError
+from machine import gpus
+from settings.schema import RunError, SettingsError, WorkerError
 
 SOCKET_VARIABLE, KEY_VARIABLE = "FLOWERTUNE_WORKER", "FLOWERTUNE_WORKER_KEY"
 PARTITIONERS = re.compile(r"flwr_datasets\.partitioner\.[A-Z]\w*")
 # KEY=VALUE of this suite: no hydra.* and no ${...}, which could read this machine's files and environment
 SAFE_OVERRIDE = re.compile(r"\+{0,2}(?!hydra)[a-z][\w./]*=[^$/~][^$]*")
 CONNECT_S = 60.0
+
+
+class OtherGpusError(Exception):
+    """A run needs other GPUs than this process sees: only a new process can."""
 
 
 def call(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> Any:
@@ -41,12 +46,20 @@ def call(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> An
     """
     if SOCKET_VARIABLE not in os.environ:
         return work(name, overrides, node, content)
-    with connect() as connection:
-        connection.send((name, overrides, dict(node), content))
-        succeeded, result = connection.recv()
+    while (reply := ask(name, overrides, node, content)) is None:
+        pass
+    succeeded, result = reply
     if not succeeded:
         raise result if isinstance(result, SettingsError | RunError) else RuntimeError(result)
     return result
+
+
+def ask(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> tuple[bool, Any] | None:
+    """What the worker answers; None if it starts anew first, and has to be asked again."""
+    with connect() as connection:
+        connection.send((name, overrides, dict(node), content))
+        reply: tuple[bool, Any] | None = connection.recv()
+    return reply
 
 
 def connect() -> Connection:
@@ -62,14 +75,25 @@ def connect() -> Connection:
 
 
 def work(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> Any:
-    """Run a handler in this process."""
+    """Run a handler in this process. Raises OtherGpusError if it sees other GPUs than the run needs."""
+    config, own_rows = node_settings(overrides, node)
+    see_gpu(config.client_resources.num_gpus)
     from utils import quiet_libraries
 
     quiet_libraries()
     import client
 
-    site = client.Site(*node_settings(overrides, node), is_resident=SOCKET_VARIABLE in os.environ)
+    site = client.Site(config, own_rows, is_resident=SOCKET_VARIABLE in os.environ)
     return client.handle(name, site, content, int(node["partition-id"]))
+
+
+def see_gpu(num_gpus: float) -> None:
+    """Let this process see the first of the node's GPUs, or none if the run's clients train on the CPU."""
+    wanted = gpus.first() if num_gpus else []
+    has_looked = SOCKET_VARIABLE in os.environ and "torch" in sys.modules
+    if has_looked and os.environ.get(gpus.VARIABLE) != ",".join(wanted):
+        raise OtherGpusError
+    gpus.show(wanted)
 
 
 def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
@@ -136,25 +160,35 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def serve(socket: str, key: bytes) -> None:
-    """Answer one connection after the other until standard input, held by the launcher, is closed."""
+    """Answer one connection after the other until standard input, held by the launcher, is closed.
+
+    For a run that needs other GPUs this process starts itself anew.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business
     threading.Thread(target=leave_with_launcher, args=[Path(socket).parent], daemon=True).start()
     with Listener(socket, "AF_UNIX", authkey=key) as listener:
-        while True:
+        fits = True
+        while fits:
             try:
                 with listener.accept() as connection:
-                    answer(connection)
+                    fits = answer(connection)
             except (OSError, EOFError, AuthenticationError) as error:
                 print(f"warning: a caller went away or did not know the key: {error!r}", file=sys.stderr, flush=True)
+    gpus.show_given()
+    os.execv(sys.executable, [sys.executable, "-m", "deployment.resident"])  # noqa: S606  with the environment it had
 
 
-def answer(connection: Connection) -> None:
+def answer(connection: Connection) -> bool:
+    """Answer one caller; returns whether this process can go on with what it sees of the node's GPUs."""
     name, overrides, node, content = connection.recv()
     start = time.perf_counter()
     reply: tuple[bool, Any]
     try:
         reply = True, work(name, overrides, node, content)
         said = "".join(f", {key} {value:.6g}" for key, value in shown(reply[1]))
+    except OtherGpusError:
+        connection.send(None)
+        return False
     except (SettingsError, RunError) as error:
         reply, said = (False, error), f", failed: {error}"
     except Exception:  # the caller reports it
@@ -162,6 +196,9 @@ def answer(connection: Connection) -> None:
         said = f", failed: {reply[1].strip().splitlines()[-1]}"
     print(f"{name}, partition {node['partition-id']}: {time.perf_counter() - start:.1f} s{said}", flush=True)
     connection.send(reply)
+    if isinstance(reply[1], WorkerError):
+        os._exit(1)  # the launcher starts another
+    return True
 
 
 def shown(reply: RecordDict) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,8 @@ from model import Adapter
 
 PARTS = ("load_s", "data_s", "train_s")
 TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "cut", "model_loads", "tokenizations")
-REPORT = frozenset((*PARTS, *TOTALS, "total_s", "num-examples", "train_loss", "peak_memory_bytes"))
+MEMORY = ("peak_memory_bytes", "reserved_memory_bytes")
+REPORT = frozenset((*PARTS, *TOTALS, *MEMORY, "total_s", "num-examples", "train_loss"))
 MOST = 1e12  # of any number that a client reports
 
 

@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
 import model as adapters
-from dataset import as_message, encode_prompt, end_ids, load_rows, tokenize_rows
+from dataset import as_message, encode_prompt, load_rows, tokenize_rows
 from exchange.scores import figures
 from learning.evaluation import generate, held_out, score
 from learning.tuned import PICKLED_FILE, TOKENIZER_FILES, choose_template, explained, find_tuned
 from settings.schema import DatasetConfig, SettingsError
-from utils import file_sha256, let_others_read, local_path, write_json
+from utils import file_sha256, local_path, write_json
 
 
 class Answerer:
@@ -79,7 +78,8 @@ class Answerer:
         options = self.options
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
         chosen = (sampling if options.temperature else {}) | {"streamer": streamer}
-        found = generate(self.model, self.tokenizer, prompts, options.max_new_tokens, len(prompts), **chosen)
+        most = options.batch_size * options.seq_length
+        found = generate(self.model, self.tokenizer, prompts, options.max_new_tokens, most, **chosen)
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
 
     def say(self, messages: Sequence[dict[str, str]]) -> str:
@@ -208,7 +208,7 @@ def evaluate(checkpoint: Path, options: argparse.Namespace) -> None:
     if not len(partition):
         raise SettingsError(f"--evaluate={options.evaluate}: none of its rows has an output")
     data = held_out(partition, np.arange(len(partition)), rows, cfg.category_column)
-    asked = options.batch_size, options.answers, options.max_new_tokens
+    asked = options.batch_size * options.seq_length, options.answers, options.max_new_tokens
     found = {name: figures(score(answerer.model, answerer.tokenizer, data, *asked)) for name in answerer.models()}
     answered = f"{min(options.answers, len(partition))} answered in at most {options.max_new_tokens} tokens"
     what = f"{len(partition)} rows of {options.evaluate}, {answered}; {answerer.name}"
@@ -231,50 +231,3 @@ def table_of(found: Mapping[str, Mapping[str, Any]]) -> Table:
         cells = (" → ".join(format(m[key], shown[key]) if key in m else "–" for m in models) for key in columns)
         table.add_row(Text(name), *cells)
     return table
-
-
-# --- one plain model ------------------------------------------------------------------------------
-
-
-def merge(checkpoint: Path, options: argparse.Namespace) -> None:
-    """Write the adapter merged into the unquantized base model, with tokenizer and chat template.
-
-    The sum is taken in float32: bfloat16 weights are too coarse for what an adapter adds.
-    """
-    answerer = Answerer(checkpoint, options)
-    cfg, tokenizer = answerer.tuned.cfg, answerer.tokenizer
-    if cfg.quantization != "none":
-        raise SettingsError(
-            f"--merge={options.merge}: the base model {cfg.name} is stored in {cfg.quantization} bits, and a sum needs "
-            "plain weights; name the unquantized model with --base"
-        )
-    tokenizer.chat_template = answerer.template
-    model = answerer.tuned.load(torch.float32)
-    untie(model)
-    advice = "; load it beside its base model instead"
-    with explained(f"--merge={options.merge}: PEFT cannot merge this adapter", advice):  # such as LoRA with biases
-        merged = model.merge_and_unload().to(getattr(torch, options.merge_dtype))
-    merged.generation_config = generation_settings(merged.generation_config, sorted(end_ids(tokenizer)))
-    with writing("merge", options.merge):
-        merged.save_pretrained(options.merge)
-        tokenizer.save_pretrained(options.merge)
-        let_others_read(*options.merge.glob("*.safetensors"))
-    print(f"merged model: {options.merge}")
-
-
-def generation_settings(base: GenerationConfig, ends: list[int]) -> GenerationConfig:
-    """The base model's settings of generation with `ends`, or nothing but those if its own contradict each other."""
-    base.eos_token_id = ends
-    try:
-        base.validate(strict=True)
-    except ValueError:  # as with a temperature and no sampling: transformers reads such a file, and writes none
-        return GenerationConfig(bos_token_id=base.bos_token_id, eos_token_id=ends)
-    return base
-
-
-def untie(model: Any) -> None:
-    """Give an output embedding that shares its weights with the input one a copy, if LoRA changes only one of them."""
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    inner = [getattr(layer, "base_layer", layer) for layer in layers]
-    if None not in layers and inner != layers and inner[0].weight is inner[1].weight:
-        inner[1].weight = torch.nn.Parameter(inner[1].weight.detach().clone(), requires_grad=False)

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+import model as adapters
 from dataset import IGNORED, Partition, end_ids, text_of
 from exchange.scores import FIELDS, LONGEST_NAME, MOST_CATEGORIES, Scores
+from learning.head import labelled, log_probabilities
 from learning.training import collate
 from utils import generator
 
-ANSWERS_AT_ONCE = 16
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # written without blanks: each character counts as a word
 
 
@@ -47,11 +48,12 @@ def held_out(partition: Partition, chosen: np.ndarray, raw: Dataset, category_co
 
 
 def score(
-    model: Any, tokenizer: Any, data: HeldOut, micro_batch_size: int, answers: int = 0, max_new_tokens: int = 64
+    model: Any, tokenizer: Any, data: HeldOut, tokens_at_once: int, answers: int = 0, max_new_tokens: int = 64
 ) -> Scores:
     """Evaluate `model` on `data`; leaves it in its mode, and all randomness alone.
 
     Args:
+        tokens_at_once: of a pass, or of prompts and answers together; at least one row is taken.
         answers: how many rows are also answered: always the same ones, drawn at random.
     """
     if not data.rows:
@@ -60,11 +62,11 @@ def score(
     training = model.training
     model.eval()
     try:
-        sums[:, :3] = losses_on(model, data.rows, micro_batch_size)
+        sums[:, :3] = losses_on(model, data.rows, tokens_at_once)
         count = min(answers, len(data.rows))
         asked = generator("answers", len(data.rows)).choice(len(data.rows), count, replace=False)
         prompts = [prompt_of(data.rows[index]) for index in asked]
-        for index, ids in zip(asked, generate(model, tokenizer, prompts, max_new_tokens), strict=True):
+        for index, ids in zip(asked, generate(model, tokenizer, prompts, max_new_tokens, tokens_at_once), strict=True):
             answer = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
             sums[index, 3:] = answer == data.outputs[index], rouge_l(data.outputs[index], answer), 1
     finally:
@@ -76,20 +78,35 @@ def score(
 
 
 @torch.no_grad()
-def losses_on(model: Any, rows: Sequence[dict[str, list[int]]], micro_batch_size: int) -> np.ndarray:
+def losses_on(model: Any, rows: Sequence[dict[str, list[int]]], tokens_at_once: int) -> np.ndarray:
     """Summed loss, tokens chosen rightly, and tokens of each row: (rows, 3), over its labelled tokens."""
     sums = np.zeros((len(rows), 3))
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    for start in range(0, len(order), micro_batch_size):
-        part = order[start : start + micro_batch_size]
-        batch = collate([rows[index] for index in part])
-        device = next(model.parameters()).device
-        logits = model(input_ids=batch["input_ids"][:, :-1].to(device), use_cache=False).logits.float()
-        labels = batch["labels"][:, 1:].to(device)
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        right, counted = logits.argmax(-1) == labels, labels != IGNORED
-        sums[part] = torch.stack([loss.double().sum(1), right.sum(1), counted.sum(1)], 1).cpu().numpy()
+    for part in in_batches([len(row["input_ids"]) for row in rows], tokens_at_once):
+        batch = {key: value.to(model.device) for key, value in collate([rows[index] for index in part]).items()}
+        with adapters.arithmetic(model):
+            found = labelled(model, batch)
+            told = [measured(found.logits(states), targets) for states, targets in found.pieces()]
+        of_rows = torch.zeros(len(part), 3, dtype=torch.float64, device=model.device)
+        row_of = batch["positions"] // batch["input_ids"].shape[1]
+        sums[part] = of_rows.index_add_(0, row_of, torch.cat(told)).cpu().numpy()
     return sums
+
+
+def measured(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Loss, whether the likeliest token is the right one, and 1, for N positions: (N, 3)."""
+    likely = log_probabilities(logits)
+    loss = -likely.gather(1, targets[:, None]).squeeze(1).double()
+    return torch.stack([loss, (likely.argmax(1) == targets).double(), torch.ones_like(loss)], 1)
+
+
+def in_batches(lengths: Sequence[int], tokens_at_once: int) -> list[list[int]]:
+    """Numbers of rows of these `lengths` in batches, longest first: each of at most so many tokens, with padding."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens_at_once:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
 
 
 def prompt_of(row: Mapping[str, list[int]]) -> list[int]:
@@ -98,30 +115,28 @@ def prompt_of(row: Mapping[str, list[int]]) -> list[int]:
 
 @torch.inference_mode()
 def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    batch_size: int = ANSWERS_AT_ONCE,
-    **options: Any,
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, tokens_at_once: int, **options: Any
 ) -> list[list[int]]:
     """New token ids after each prompt, up to and without what ends it; greedy, unless `options` say otherwise."""
-    end, ends, found = tokenizer.eos_token_id, sorted(end_ids(tokenizer)), []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    end, ends = tokenizer.eos_token_id, sorted(end_ids(tokenizer))
+    found: list[list[int]] = [[] for _ in prompts]
+    greedy = {"do_sample": False, "temperature": None, "top_p": None}
+    for part in in_batches([len(prompt) + max_new_tokens for prompt in prompts], tokens_at_once):
+        batch = [prompts[index] for index in part]
         longest = max(map(len, batch))  # padded on the left, so that all answers start at the same place
         ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in batch], device=model.device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
-        greedy = {"do_sample": False, "temperature": None, "top_p": None}
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=end,
-            eos_token_id=ends,
-            **(greedy | options),
-        )
-        found += [list(takewhile(lambda token: token not in ends, row)) for row in output[:, longest:].tolist()]
+        with adapters.arithmetic(model):
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=end,
+                eos_token_id=ends,
+                **(greedy | options),
+            )
+        for index, row in zip(part, output[:, longest:].tolist(), strict=True):
+            found[index] = list(takewhile(lambda token: token not in ends, row))
     return found
 
 

@@ -1,18 +1,25 @@
-"""What a client's training step takes in memory, estimated from the base model's shapes, and how to make it less."""
+"""What a client takes in memory, estimated from the base model's shapes, what it may take, and how to make it less."""
 
 import os
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
+import psutil
 import torch
 from transformers import PreTrainedConfig
 
 import model as adapters
 from exchange.transfer import payload_bytes
+from learning.head import inner_width, layer_values, positions_at_once
+from machine import gpus
 from settings.schema import RunConfig
-from utils import bytes_text
+from utils import bytes_text, forget_peak, peak_resident_bytes
 
 BYTES_PER_WEIGHT = {"4": 0.516, "8": 1.0}  # nf4 with double quantization: 4.127 bits a weight
+OWN_BYTES = 1e9  # of a process without a model: libraries in main memory, CUDA's context on a GPU
+MOST = 0.9  # of what is there: an estimate may be wrong, and memory is in pieces
+CHECKPOINTING = "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,16 @@ class Sizes:
     """The adapter as it travels, in the form that `transfer` names."""
     once_bytes: int
     """What one client sends before the first round: tensors that start from the base weights (DoRA's magnitudes)."""
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
+    adapted: int
+    """Inputs of all layers that LoRA is in."""
+    keys_and_values: int
+    """Of a token, in all layers."""
+    text: PreTrainedConfig
+    """The shapes of the language part."""
+
+    @property
+    def layers(self) -> int:
+        return int(self.text.num_hidden_layers)
 
 
 def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
@@ -41,47 +54,132 @@ def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
         if weight.dim() == 2 and "embed" not in name and "lm_head" not in name
     )
     shapes = adapters.adapter_shapes(empty, adapters.lora_config(config.model, empty))
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Sizes(
         linear=linear,
         other=sum(weight.numel() for weight in parameters.values()) - linear,
         adapter=sum(prod(shape) for shape in shapes.values()),
         payload_bytes=payload_bytes(shapes, config.transfer),
         once_bytes=adapters.starts_from_base(shapes) * payload_bytes(shapes, "fp32"),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
-        vocabulary=text.vocab_size,
+        adapted=sum(shape[1] for name, shape in shapes.items() if "lora_A" in name),
+        keys_and_values=2
+        * text.num_hidden_layers
+        * head
+        * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        text=text,
     )
 
 
 def memory_bytes(size: Sizes, config: RunConfig) -> float:
-    """Estimated peak memory of a client's training step.
+    """Estimated peak memory of a client, in training, evaluation and answering.
 
-    Frozen weights; adapter with gradient and two Adam moments in float32; the activations that
-    checkpointing keeps (one hidden state a layer), or all of them without it; the working set of the
-    one layer that is recomputed; a tile of logits. Within 15% of FACTS' floors for OpenLLaMA.
+    Frozen weights; adapter with gradient and two Adam moments in float32; then whatever is most: what a training pass
+    keeps for its way back and works on, or the keys and values of answers. Within 15% of FACTS' floors for OpenLLaMA.
     """
-    tokens = min(config.train.micro_batch_size, config.batch_size) * config.train.seq_length
-    wide = adapters.compute_dtype().itemsize
+    tokens = config.train.tokens_at_once
+    wide = adapters.compute_dtype("cuda" if config.client_resources.num_gpus else "cpu").itemsize
     weights = size.linear * BYTES_PER_WEIGHT.get(config.model.quantization, wide) + wide * size.other
-    layer = tokens * wide * (12 * size.hidden + 8 * size.intermediate)
-    checkpointed = config.train.training_arguments.get("gradient_checkpointing", False)
-    kept = size.layers * tokens * wide * size.hidden if checkpointed else size.layers * layer / 2
-    return weights + 16 * size.adapter + kept + layer + 0.25e9 * min(1.0, size.vocabulary / 32000)
+    layer = tokens * wide * layer_values(size.text)
+    if config.model.quantization != "none":
+        layer += wide * size.text.hidden_size * inner_width(size.text)  # a weight that is dequantized
+    logits = 6 * wide * min(tokens, positions_at_once(size.text, tokens)) * size.text.vocab_size
+    if config.train.training_arguments.get(CHECKPOINTING):
+        training = size.layers * tokens * wide * size.text.hidden_size + max(layer, logits)
+    else:
+        training = tokens * kept_bytes(size, config.model.quantization, wide) + max(layer / 2, logits)
+    answering = tokens * wide * size.keys_and_values + layer / 2 if config.evaluate.answers else 0.0
+    return weights + 16 * size.adapter + max(training, answering)
 
 
-def free_memory() -> tuple[str, float]:
-    """Where clients train here, and how many bytes are free there."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[0])
-    return "CPU, main memory", float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+def kept_bytes(size: Sizes, quantization: str, wide: int) -> float:
+    """What all layers keep of a token for the way back: inputs of what has a gradient, or is not linear.
+
+    Of a layer two norms in float32; query, key, value and result of attention; three of the gated unit's width; inputs
+    of LoRA with their dropout. In 8 bits bitsandbytes keeps the inputs of linear layers as well.
+    """
+    hidden = size.text.hidden_size
+    inner = inner_width(size.text)
+    values = 2 * hidden + 3 * inner + (2 * hidden + inner if quantization == "8" else 0)
+    of_layers = size.layers * (2 * 4 * hidden + wide * values)
+    return of_layers + wide * (size.keys_and_values + 1.5 * size.adapted)
+
+
+class Place(NamedTuple):
+    """Where a client trains here."""
+
+    name: str
+    total: float
+    """Bytes of memory."""
+    free: float
+    """Bytes that this process has, or could have now."""
+
+
+def place(config: RunConfig) -> Place:
+    """The GPU, or main memory. Asks the driver of the GPU: CUDA is not initialised by that."""
+    if config.client_resources.num_gpus and (gpu := first_gpu()):
+        return gpu
+    memory, own = psutil.virtual_memory(), psutil.Process().memory_info().rss
+    return Place("CPU, main memory", float(memory.total), float(memory.available + own))
+
+
+def first_gpu() -> Place | None:
+    """The GPU that this process has, or the fullest of those that its workers will get; None if there is none."""
+    if torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        return Place(torch.cuda.get_device_name(), float(total), float(free + torch.cuda.memory_reserved()))
+    card = gpus.fullest()
+    return Place(card.name, card.total_bytes, card.free_bytes) if card else None
+
+
+def budget_bytes(config: RunConfig, here: Place) -> float:
+    """What one worker may take: workers that share a GPU, or the cores of a machine, share its memory."""
+    wanted = config.client_resources
+    is_shared = 0 < wanted.num_gpus < 1 if wanted.num_gpus else True
+    share = wanted.num_gpus if wanted.num_gpus else wanted.num_cpus / (os.cpu_count() or 1)
+    return MOST * min(here.free, here.total * (min(1.0, share) if is_shared else 1.0)) - OWN_BYTES
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """`config` with `gradient_checkpointing: auto` decided for this process."""
+    if config.train.training_arguments.get(CHECKPOINTING) != "auto":
+        return config
+    return decided(config, sizes(adapters.read_config(config.model, offline=True), config), place(config))
+
+
+def decided(config: RunConfig, size: Sizes, here: Place) -> RunConfig:
+    """As `settled`: checkpointing is off where memory allows, which is a third faster."""
+    without = with_arguments(config, {CHECKPOINTING: False})
+    fits = memory_bytes(size, without) <= budget_bytes(config, here)
+    return without if fits else with_arguments(config, {CHECKPOINTING: True})
+
+
+def with_arguments(config: RunConfig, changed: dict[str, object]) -> RunConfig:
+    arguments = config.train.training_arguments | changed
+    return replace(config, train=replace(config.train, training_arguments=arguments))
+
+
+def describe_memory(config: RunConfig, size: Sizes) -> str:
+    """For the plan: what a client takes, what it may take, whether checkpointing is on, and why."""
+    here, is_open = place(config), config.train.training_arguments.get(CHECKPOINTING) == "auto"
+    chosen, budget = decided(config, size, here) if is_open else config, budget_bytes(config, here)
+    needed, without = memory_bytes(size, chosen), memory_bytes(size, with_arguments(config, {CHECKPOINTING: False}))
+    text = f"about {bytes_text(needed)}; for one worker there are {bytes_text(max(0.0, budget))} here ({here.name})"
+    if is_open:
+        is_on = chosen.train.training_arguments[CHECKPOINTING]
+        text += f"; checkpointing is on, without it takes {bytes_text(without)}" if is_on else "; checkpointing is off"
+    if needed > budget:
+        text += f"; IT DOES NOT FIT, it helps: {advice_on(chosen, size)}"
+    return text
 
 
 def advice(config: RunConfig) -> str:
-    """The settings that make a client's step take less memory, each with what it saves, most first."""
-    size = sizes(adapters.read_config(config.model, offline=True), config)
+    """The settings that make a client take less memory, each with what it saves, most first."""
+    return advice_on(settled(config), sizes(adapters.read_config(config.model, offline=True), config))
+
+
+def advice_on(config: RunConfig, size: Sizes) -> str:
     train, now = config.train, memory_bytes(size, config)
-    checkpointing = {**train.training_arguments, "gradient_checkpointing": True}
+    checkpointing = {**train.training_arguments, CHECKPOINTING: True}
     shorter = max(16, train.seq_length // 2)  # 16 is the least
     in_training = {
         "train.training_arguments.gradient_checkpointing=true": replace(train, training_arguments=checkpointing),
@@ -95,3 +193,19 @@ def advice(config: RunConfig) -> str:
         saved["client_resources.num_gpus=1"] = (1 / config.client_resources.num_gpus - 1) * now
     best = sorted((setting for setting in saved if saved[setting] > 0), key=lambda setting: -saved[setting])
     return ", ".join(f"{setting} (about {bytes_text(saved[setting])} less)" for setting in best)
+
+
+def start_peak(device: torch.device) -> None:
+    """From here on `peak` counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    forget_peak()
+
+
+def peak(device: torch.device) -> dict[str, int]:
+    """Most memory that was held on `device`, and was taken from others for it; in main memory that is the same."""
+    if device.type == "cuda":
+        held, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    else:
+        held = reserved = peak_resident_bytes()
+    return {"peak_memory_bytes": held, "reserved_memory_bytes": reserved}

@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import sft_trainer
 
 import model as adapters
 from dataset import IGNORED
+from learning.head import labelled, labelled_positions
 from settings.schema import RunConfig, check_keywords
-from utils import peak_resident_bytes
 
 MANAGED_ARGUMENTS = {
     "learning_rate": "set train.learning_rate_max and train.learning_rate_min",
@@ -39,6 +41,10 @@ MANAGED_ARGUMENTS = {
     "model_init_kwargs": "set model.*",
     "dataset_kwargs": "rows come tokenized",
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"), "upload a checkpoint yourself: hf upload"),
+    **dict.fromkeys(
+        ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "the base model's own is used: see its dtype"
+    ),
+    **dict.fromkeys(("loss_type", "label_smoothing_factor"), "the loss is cross-entropy"),
     "num_train_epochs": "set train.training_arguments.max_steps and num_rounds",
 }
 
@@ -103,7 +109,8 @@ def by_length(rows: list[dict[str, list[int]]], batch_size: int) -> list[dict[st
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Rows of T_i tokens as (rows, max T) tensors, padded on the right, where a causal model never looks.
 
-    There is no attention mask: it would change nothing but the speed. Padding carries no loss.
+    There is no attention mask: it would change nothing but the speed. Padding carries no loss; `positions` are those
+    that do.
     """
     longest = max(len(row["input_ids"]) for row in rows)
 
@@ -112,8 +119,8 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
     return {
         "input_ids": padded("input_ids", 0),
-        "labels": padded("labels", IGNORED),
-        "position_ids": torch.arange(longest)[None],
+        "labels": (labels := padded("labels", IGNORED)),
+        "positions": labelled_positions(labels),  # found here, because on a GPU it would have to be waited for
     }
 
 
@@ -124,14 +131,40 @@ def padded_tokens(rows: list[dict[str, list[int]]], micro_batch_size: int) -> in
     return sum(max(each) * len(each) for each in passes)
 
 
+class LabelledTrainer(SFTTrainer):
+    """trl's trainer with the head where a label is, in this suite's arithmetic, and without figures nobody reads."""
+
+    model_accepts_loss_kwargs = loss_is_scaled_for_ga = (
+        True  # the loss is divided by the labels of all passes of a step
+    )
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        with adapters.arithmetic(model):
+            found = labelled(model, inputs, **options)
+            loss = found.loss() / num_items_in_batch.clamp(min=1)
+            if self.aux_loss_enabled:  # of a mixture of experts, by the model's own code
+                loss = loss + self.router_aux_loss_coef * found.auxiliary() / self.current_gradient_accumulation_steps
+        return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # counting them goes through all parameters, for every pass
+
+
 def make_trainer(model: Any, tokenizer: Any, config: RunConfig) -> SFTTrainer:
     """An SFTTrainer whose optimizer step is `batch_size` rows in passes of `micro_batch_size`.
 
     The loss of a step is normalised by all its response tokens, so the passes add up to the gradient of
     the whole batch. Rows come tokenized and ordered.
     """
-    with tempfile.TemporaryDirectory() as unused:
-        trainer = SFTTrainer(
+    with (
+        tempfile.TemporaryDirectory() as unused,
+        patch.object(sft_trainer, "add_fused_lm_head"),  # `LabelledTrainer.compute_loss` is in its place, and so
+        patch.object(model, "get_output_embeddings", lambda: None),  # LoRA in the head, which trl refuses, is trained
+    ):
+        trainer = LabelledTrainer(
             model=model,
             args=training_arguments(config, str(unused)),
             data_collator=collate,
@@ -141,6 +174,7 @@ def make_trainer(model: Any, tokenizer: Any, config: RunConfig) -> SFTTrainer:
     for weight in model.parameters():
         if weight.requires_grad:  # trl makes a quantized model's adapter bfloat16, where small steps are lost
             weight.data = weight.data.float()
+    trainer.model_accepts_loss_kwargs = True  # else it does not count those labels
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -149,19 +183,21 @@ def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
     """`train.training_arguments` with what this suite decides. Raises SettingsError for fields that do not exist."""
     given = dict(config.train.training_arguments)
     check_keywords("train.training_arguments", given, SFTConfig, MANAGED_ARGUMENTS)
-    cuda = adapters.default_device() == "cuda"
+    cuda = adapters.device_of(config.client_resources) == "cuda"
+    given["gradient_checkpointing"] = bool(given.get("gradient_checkpointing"))  # `auto` is settled before
     micro = min(config.train.micro_batch_size, config.batch_size)
     if given.get("gradient_checkpointing") and config.model.quantization == "8":
         given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": True})
     given |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": config.batch_size // micro}
     defaults: dict[str, Any] = {
         "lr_scheduler_type": "constant",
-        "bf16": cuda,
         "dataloader_pin_memory": cuda,
+        "accelerator_config": {"non_blocking": cuda},
         "disable_tqdm": True,
         "logging_strategy": "no",
+        "logging_nan_inf_filter": False,  # else each pass waits for the GPU, and a loss of NaN is replaced
     }
-    return SFTConfig(
+    arguments = SFTConfig(
         **(defaults | given),
         output_dir=output_folder,
         learning_rate=config.train.learning_rate_max,
@@ -172,11 +208,9 @@ def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
         report_to="none",
         save_strategy="no",
         eval_strategy="no",
+        bf16=False,  # `model.arithmetic` says it
         use_cpu=not cuda,
         seed=config.seed,
     )
-
-
-def peak_memory_bytes() -> int:
-    """Most memory that this process ever held: on the GPU where there is one, else in main memory."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # however many this process sees: the model is on one
+    return arguments

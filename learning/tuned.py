@@ -61,8 +61,8 @@ class Tuned:
     rows: int | None
     """Of the embeddings, if the adapter was trained with more or fewer tokens than the base model has."""
 
-    def load(self, dtype: torch.dtype | None = None) -> Any:
-        """The adapter in its base model: as it is asked, or with a `dtype` in main memory.
+    def load(self, dtype: torch.dtype | str | None = None) -> Any:
+        """The adapter in its base model: as it is asked, or with a `dtype` ("auto": as stored) in main memory.
 
         Raises:
             SettingsError: if the base model does not load, or PEFT cannot put the adapter into it.
@@ -73,8 +73,16 @@ class Tuned:
             with explained(f"PEFT cannot put it into {cfg.name} with quantization {cfg.quantization}"):
                 if self.rows:
                     resize(base, self.rows)
+                if dtype:
+                    self.in_float32(base)
                 model = PeftModel.from_pretrained(base, str(self.checkpoint), config=self.lora)
                 return adapters.fit_saved_modules(model).eval()
+
+    def in_float32(self, base: Any) -> None:
+        """Let modules that the adapter brings whole take its float32 values: PEFT makes them like the base model's."""
+        for name, module in base.named_modules():
+            if name.endswith(tuple(self.lora.modules_to_save or ())):
+                module.float()
 
 
 def find_tuned(checkpoint: Path, options: argparse.Namespace) -> Tuned:

@@ -66,13 +66,16 @@ class ResidentBackend(raybackend.RayBackend):
     def build(self, app_fn: Callable[[], ClientApp]) -> None:
         """Start the workers. Raises SettingsError if no machine of a cluster has room for one."""
         self.app_fn, wanted = app_fn, self.wanted
-        room = sum(engine.room_on(node["Resources"], wanted) for node in ray.nodes() if node["Alive"])
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(engine.room_on(node, wanted) for node in nodes)
         if not room:
             raise SettingsError(
                 f"client_resources.num_cpus={wanted.num_cpus}, num_gpus={wanted.num_gpus:g}: no machine of the Ray "
                 "cluster has them; ask for less"
             )
-        for _ in range(min(room, self.most_workers)):
+        count = min(room, self.most_workers)
+        self.client_resources["num_gpus"] = engine.spread(nodes, wanted, count)
+        for _ in range(count):
             self.add_worker()
         self.built.set()
 
@@ -109,8 +112,10 @@ class ResidentBackend(raybackend.RayBackend):
         except RayError:
             reason = "its worker process died, as when memory runs out, and was replaced"
         else:
-            self.idle.append(actor)
-            return reply, after
+            if not (reply.has_error() and reply.error.code == WORKER_DIED):
+                self.idle.append(actor)
+                return reply, after
+            reason = reply.error.reason
         if not self.closing:
             log.error("client %s: %s", partition, reason)
         self.end_worker(actor)

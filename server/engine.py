@@ -5,7 +5,9 @@ Imports nothing heavy.
 """
 
 import ctypes
+import functools
 import logging
+import math
 import os
 import re
 import shutil
@@ -14,12 +16,14 @@ import socket
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from machine import gpus
 from runs.stopping import SIGNALS
 from settings.schema import ClientResources, RunConfig, SettingsError
 from utils import SUITE_FOLDER
@@ -27,12 +31,17 @@ from utils import SUITE_FOLDER
 log = logging.getLogger(__name__)
 
 LEAVE_S = 15.0
+RAY_COUNTS = 10_000  # parts of a GPU, rounded
 UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")  # processes: autoscaler, terminal, dashboard
 LONGEST_FOLDER = 40  # of Ray's: the paths of its sockets have 60 characters more, and may have 107
+GPUS_BY_RAY = {  # by Ray, which may leave it to the environment
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker without a GPU sees none
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0",  # one with a GPU sees no other
+}
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # workers are as important as anything else
     "RAY_memory_monitor_refresh_ms": "0",  # it would end workers when others fill the machine
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker without a GPU sees none
+    **GPUS_BY_RAY,
 }
 FOR_THIS_MACHINE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # how long Ray outlives a driver that was killed
 
@@ -40,46 +49,79 @@ FOR_THIS_MACHINE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # how long R
 # --- the machine ----------------------------------------------------------------------------------
 
 
-def room_here(resources: ClientResources) -> int:
-    """Workers that this machine has room for."""
-    node: dict[str, float] = {"CPU": os.cpu_count() or 1, "GPU": num_gpus() if resources.num_gpus else 0}
-    return room_on(node, resources)
+def here(resources: ClientResources) -> dict[str, float]:
+    """What this machine has for workers, as Ray counts it."""
+    return {"CPU": os.cpu_count() or 1, "GPU": len(gpus.ids()) if resources.num_gpus else 0}
 
 
-def room_on(node: dict[str, float], wanted: ClientResources) -> int:
+def room_on(node: Mapping[str, float], wanted: ClientResources) -> int:
     """Workers that a machine has room for; one that takes a part of a GPU shares it with others of such parts."""
     room = node.get("CPU", 0.0) // wanted.num_cpus
     if not wanted.num_gpus:
         return int(room)
-    gpus = node.get("GPU", 0.0)
-    each = int(1 / wanted.num_gpus + 1e-9)
-    return int(min(room, gpus * each if each else gpus // wanted.num_gpus))
+    return int(min(room, node.get("GPU", 0.0) * sharers(wanted)))
 
 
-def num_gpus() -> int:
-    """GPUs that this process may use."""
-    import torch
+def sharers(wanted: ClientResources) -> int:
+    """Workers that one GPU has room for."""
+    return int(1 / wanted.num_gpus + 1e-9)
 
-    return torch.cuda.device_count()
+
+def spread(nodes: Iterable[Mapping[str, float]], wanted: ClientResources, count: int) -> float:
+    """The largest part of a GPU, from what was asked for to all of it, with which `count` workers still fit.
+
+    Ray fills one GPU before it uses the next: with parts as large as possible none is shared while another is idle.
+    """
+    if not wanted.num_gpus:
+        return 0.0
+    nodes = list(nodes)
+    for workers in range(1, sharers(wanted)):
+        part = replace(wanted, num_gpus=math.floor(RAY_COUNTS / workers) / RAY_COUNTS)
+        if sum(room_on(node, part) for node in nodes) >= count:
+            return part.num_gpus
+    return math.floor(RAY_COUNTS / sharers(wanted)) / RAY_COUNTS
+
+
+def idle_gpus(config: RunConfig) -> str | None:
+    """A line for the user, if GPUs of this machine would stay idle because CPU cores run out."""
+    wanted = config.client_resources
+    if config.ray.address or not wanted.num_gpus:
+        return None
+    machine = here(wanted)
+    cpus, num_gpus, room = int(machine["CPU"]), int(machine["GPU"]), room_on(machine, wanted)
+    needed = min(num_gpus, most_workers(config))
+    if room >= needed:
+        return None
+    return (
+        f"{num_gpus - room} of {num_gpus} GPUs stay idle: {cpus} CPU cores are enough for {room} workers of "
+        f"client_resources.num_cpus={wanted.num_cpus}; set client_resources.num_cpus={max(1, cpus // needed)}"
+    )
 
 
 def check_machine(config: RunConfig) -> None:
     """Raise SettingsError if not one worker fits into this machine; a Ray cluster is left to Ray."""
-    wanted, cpus = config.client_resources, os.cpu_count() or 1
+    wanted = config.client_resources
     if config.ray.address:
         return
+    there = here(wanted)
+    cpus, num_gpus = int(there["CPU"]), int(there["GPU"])
     wrong: list[tuple[str, str, str]] = []  # what was asked for, what there is, what to set
     if wanted.num_cpus > cpus:
         wrong.append((f"client_resources.num_cpus={wanted.num_cpus}", f"{cpus} CPU cores", f"num_cpus={cpus}"))
-    if wanted.num_gpus > (gpus := num_gpus() if wanted.num_gpus else 0):
-        instead = f"num_gpus={gpus}" + ("" if gpus else " (to train on the CPU)")
-        wrong.append((f"client_resources.num_gpus={wanted.num_gpus:g}", f"{gpus} GPUs", instead))
+    if wanted.num_gpus and not num_gpus:
+        how = "num_gpus=0 (to train on the CPU)"
+        wrong.append((f"client_resources.num_gpus={wanted.num_gpus:g}", f"no GPU{told_to_see()}", how))
     if wrong:
-        asked, there, instead_of_them = zip(*wrong, strict=True)
+        asked, has, instead_of_them = zip(*wrong, strict=True)
         raise SettingsError(
-            f"{', '.join(asked)}: this machine has {' and '.join(there)}; set "
+            f"{', '.join(asked)}: this machine has {' and '.join(has)}; set "
             f"{' '.join(f'client_resources.{setting}' for setting in instead_of_them)}"
         )
+
+
+def told_to_see() -> str:
+    """That the environment hides GPUs, if it may be the reason why there are none."""
+    return "" if (text := gpus.given()) is None else f" that CUDA_VISIBLE_DEVICES={text} lets it see"
 
 
 def most_workers(config: RunConfig) -> int:
@@ -100,7 +142,9 @@ class RayThread(threading.Thread):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(name="ray", daemon=True)
         self.address, self.resources = config.ray.address, config.client_resources
-        self.count = 0 if self.address else min(room_here(self.resources), most_workers(config))
+        self.room = {} if self.address else here(self.resources)
+        self.gpus = gpus.ids() if self.room.get("GPU") else []
+        self.count = 0 if self.address else min(room_on(self.room, self.resources), most_workers(config))
         self.ready: Future[None] = Future()
         self.closing = threading.Event()
 
@@ -113,7 +157,7 @@ class RayThread(threading.Thread):
             warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")  # of the last of ENVIRONMENT
             unused: Any = dict.fromkeys(UNUSED, lambda *_, **__: None)
             folder = tempfile.mkdtemp(prefix="flowertune-", dir=short_folder())
-            with signals_kept(), patch.multiple(ray._private.node.Node, **unused):
+            with signals_kept(), seeing(self.gpus), patch.multiple(ray._private.node.Node, **unused):
                 ray.init(**(self.joining() if self.address else self.starting(folder)))
             self.ready.set_result(None)
             with patch.object(ray._private.worker, "print_to_stdstream", to_log):  # else it speaks to the terminal
@@ -131,10 +175,10 @@ class RayThread(threading.Thread):
     def starting(self, folder: str) -> dict[str, Any]:
         """Arguments of `ray.init` for this machine."""
         wanted = self.resources
-        preload = {} if wanted.num_gpus else {"preload_python_modules": ["server.worker"]}  # else before Ray hides GPUs
-        return {
+        preload = {} if wanted.num_gpus else {"preload_python_modules": ["server.worker"]}  # it looks for GPUs, and Ray
+        return {  # says only later which one is a process's
             "num_cpus": self.count * wanted.num_cpus,
-            "num_gpus": num_gpus() if wanted.num_gpus else 0,
+            "num_gpus": len(self.gpus),
             "include_dashboard": False,
             "logging_level": logging.ERROR,
             "log_to_driver": False,
@@ -151,7 +195,7 @@ class RayThread(threading.Thread):
             raise SettingsError(
                 f"ray.address={self.address}: no Ray cluster answers; start one with `ray start --head`"
             ) from error
-        code = {"PYTHONPATH": str(SUITE_FOLDER)}
+        code = {"PYTHONPATH": str(SUITE_FOLDER)} | GPUS_BY_RAY
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         return quiet | {"address": self.address, "runtime_env": {"env_vars": code}}
 
@@ -159,6 +203,21 @@ class RayThread(threading.Thread):
         """End Ray; its last processes leave within seconds."""
         self.closing.set()
         self.join(LEAVE_S)  # it is a daemon: where Ray still starts, it ends with this process
+
+
+@contextmanager
+def seeing(ids: Sequence[str]) -> Iterator[None]:
+    """Ray's processes, started meanwhile, see these GPUs, whatever this process sees itself."""
+    import ray
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    parameters = functools.partial(ray._private.parameter.RayParams, env_vars={gpus.VARIABLE: ",".join(ids)})
+    own = "get_current_process_visible_accelerator_ids"
+    with (
+        patch.object(ray._private.parameter, "RayParams", parameters),
+        patch.object(NvidiaGPUAcceleratorManager, own, staticmethod(lambda: list(ids))),
+    ):
+        yield
 
 
 def to_log(said: Mapping[str, Any], **_: Any) -> None:

@@ -21,6 +21,7 @@ from exchange import transfer
 from exchange.clients import Clients, Progress, last_line
 from exchange.faults import SETTINGS_ERROR
 from exchange.guard import (
+    MEMORY,
     MOST,
     PARTS,
     TOTALS,
@@ -373,7 +374,7 @@ def account(good: Sequence[tuple[int, Message]], rows_seen: Mapping[int, int]) -
         "rows_used": {p: int(min(rows_seen[p], weights[p])) for p in reports},
         **{name: total(name) for name in TOTALS},
         "processes": sorted({process_of(reply) for _, reply in good}),
-        "peak_memory_bytes": int(max(report["peak_memory_bytes"] for report in reports.values())),
+        **{name: int(max(report[name] for report in reports.values())) for name in MEMORY},
         "server_peak_memory_bytes": peak_resident_bytes(),
         "seconds": {part[:-2]: sum(report[part] for report in reports.values()) for part in PARTS},
     }

@@ -23,9 +23,9 @@ from dataset import (
     tokenize_rows,
 )
 from hub import models as hub
-from learning.memory import Sizes, free_memory, memory_bytes, sizes
+from learning.memory import Sizes, describe_memory, sizes
 from learning.training import training_arguments
-from server.engine import check_machine
+from server.engine import check_machine, idle_gpus
 from server.strategies import make_strategy
 from settings.schema import RunConfig, SettingsError, check_budget, share_of
 from utils import bytes_text, local_path, shortened
@@ -65,6 +65,8 @@ class Inputs:
     """The chat template."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Fingerprints of the rows, of the held-out ones as `held_out`; none where only the clients have rows."""
+    idle_gpus: str | None = None
+    """That GPUs of this machine stay idle, and what to do about it."""
 
     @property
     def for_results(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Inputs:
         """What the user should know before the first round."""
         shared = self.for_results["held_out_rows_trained_on"]
         text = f"dataset.eval_name: {shared} of its rows are trained on too: they are in dataset.name as well"
-        return [text] if shared else []
+        return ([text] if shared else []) + ([self.idle_gpus] if self.idle_gpus else [])
 
 
 def check_inputs(config: RunConfig) -> Inputs:
@@ -100,7 +102,7 @@ def check_inputs(config: RunConfig) -> Inputs:
                 f"dataset.category_column={column}: {config.dataset.eval_name} has {', '.join(held_out.column_names)}"
             )
         facts |= {"held_out": data_facts(held_out) | {"also_trained_on": len(shared_rows(rows, held_out))}}
-    return Inputs(template, facts)
+    return Inputs(template, facts, idle_gpus(config))
 
 
 def check_template(config: RunConfig, tokenizer: Any, template: str, rows: Dataset) -> None:
@@ -196,7 +198,6 @@ def plan_sizes(config: RunConfig) -> dict[str, str]:
         tokenizer = adapters.read_tokenizer(config.model, offline=True)
         row = Dataset.from_dict({column: ["x"] for column in COLUMNS})
         check_template(config, tokenizer, read_template(config.dataset, tokenizer), row)
-    where, free = free_memory()
     check_budget(config, size.payload_bytes, size.once_bytes)
     rounds, sent, returned = traffic(config, size)
     early = "" if rounds == config.num_rounds else f"; strategy.max_bytes ends the run after round {rounds}"
@@ -205,7 +206,7 @@ def plan_sizes(config: RunConfig) -> dict[str, str]:
         "bytes down and up": f"{bytes_text(size.payload_bytes * sent)} and "
         f"{bytes_text(size.payload_bytes * returned + size.once_bytes)} in all, "
         f"{bytes_text(size.payload_bytes)} an adapter{early}",
-        "memory of a step": f"about {bytes_text(memory_bytes(size, config))}; free here: {bytes_text(free)} ({where})",
+        "memory of a step": describe_memory(config, size),
     }
 
 
@@ -228,7 +229,7 @@ def fits_here(config: RunConfig) -> str:
         check_machine(config)
     except SettingsError as error:
         return f"cannot run it: {error}"
-    return "has room for at least one worker"
+    return idle_gpus(config) or "has room for at least one worker"
 
 
 def print_plan(lines: dict[str, Any], write: Any) -> None:

@@ -12,9 +12,12 @@ from utils import log_to_file, quick_imports
 
 with quick_imports():
     import datasets
+    import torch
     from huggingface_hub import constants
 
     from client import Site, resident_worker
+
+from settings.schema import SettingsError
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +29,14 @@ def set_up(site: Site) -> None:
         log_to_file(site.log_file)
     if not site.config.ray.address:  # the driver has fetched what this machine needs
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    worker, asked = resident_worker(site), site.config.client_resources.num_gpus
+    if asked and not torch.cuda.is_available():
+        worker.broken = SettingsError(
+            f"client_resources.num_gpus={asked:g}: PyTorch {torch.__version__} cannot use the GPU that its worker was "
+            "given; install one that is built for the CUDA of its driver, or set client_resources.num_gpus=0"
+        )
     try:
-        resident_worker(site).trainer  # noqa: B018
+        worker.trainer  # noqa: B018
     except Exception:  # the first message that needs it meets it again, and reports it
         log.exception("the base model does not load")
 

@@ -35,6 +35,10 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says what happened and to whom."""
 
 
+class WorkerError(RunError):
+    """A worker's process is of no use any more, as after a fault of its GPU, and has to be replaced."""
+
+
 def not_a(*kinds: type) -> BeforeValidator:
     """Refuses what pydantic would take for a number, but nobody would write for one."""
 
@@ -122,6 +126,11 @@ class TrainConfig:
         arguments = self.training_arguments
         return int(arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"])
 
+    @property
+    def tokens_at_once(self) -> int:
+        """Most tokens of one pass, padding included, in training, evaluation and answering."""
+        return min(self.micro_batch_size, self.batch_size) * self.seq_length
+
     @model_validator(mode="after")
     def check(self) -> Self:
         arguments = self.training_arguments
@@ -129,6 +138,12 @@ class TrainConfig:
             value = arguments.get(key)
             if type(value) is not int or value < 1:
                 raise SettingsError(f"train.training_arguments.{key}={value}: use a whole number of at least 1")
+        value = arguments.get("gradient_checkpointing", False)
+        if value is not True and value is not False and value != "auto":
+            raise SettingsError(
+                f"train.training_arguments.gradient_checkpointing={value}: use true, false, or auto (off where memory "
+                "allows)"
+            )
         if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type", "constant") == "constant":
             raise SettingsError(
                 f"train.training_arguments.warmup_steps={arguments['warmup_steps']}: has no effect on a constant rate; "
@@ -182,7 +197,16 @@ class ClientResources:
     num_cpus: Whole = required(ge=1)
     """CPU cores, and compute threads, of one worker."""
     num_gpus: Number = required(ge=0)
-    """GPUs of one worker; 0.5 puts two workers, with a base model each, on one GPU."""
+    """GPUs of one worker: 0 trains on the CPU; 0.5 puts two workers, with a base model each, on one GPU."""
+
+    @model_validator(mode="after")
+    def trains_on_one_gpu(self) -> Self:
+        if self.num_gpus > 1:
+            raise SettingsError(
+                f"client_resources.num_gpus={self.num_gpus:g}: a worker trains on one GPU; set "
+                "client_resources.num_gpus=1, and each further GPU trains another client of the round"
+            )
+        return self
 
 
 @dataclass(kw_only=True, config=STRICT)

@@ -4,14 +4,16 @@ import gc
 import itertools
 import json
 import logging
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import absl.logging
 import numpy as np
+import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,6 +25,7 @@ from client import Site, client_app
 from dataset import TEMPLATE_FOLDER
 from exchange.guard import REPORT
 from exchange.transfer import decode, encode, to_record
+from machine import gpus
 from runs import compare, stopping
 from server.federation import Federation
 from settings.compose import compose
@@ -33,6 +36,22 @@ from utils import file_sha256, read_json_lines, seed_of
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 torch.set_num_threads(1)  # test processes share the cores, and threads that wait for others would spin on them
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A run on a borrowed machine may be cut off: what failed there is told at once."""
+    if report.failed and os.environ.get("TELL_AT_ONCE"):
+        print(f"\n{report.longreprtext}", file=sys.__stdout__, flush=True)
+
+
+@pytest.fixture(autouse=True)
+def same_gpus_for_every_test() -> Iterator[None]:
+    """What runs in this process may hide GPUs from the processes that later tests start."""
+    before = os.environ.get(gpus.VARIABLE)
+    yield
+    os.environ.pop(gpus.VARIABLE, None)
+    if before is not None:
+        os.environ[gpus.VARIABLE] = before
 
 
 def pytest_collection_finish() -> None:

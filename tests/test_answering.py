@@ -103,7 +103,7 @@ def test_greedy_answer_equals_generate_on_the_same_ids(answerer):
             pad_token_id=answerer.tokenizer.eos_token_id,
         )[0, len(prompt) :].tolist()
         until = (direct + [answerer.tokenizer.eos_token_id]).index(answerer.tokenizer.eos_token_id)
-        assert generate(answerer.model, answerer.tokenizer, [prompt], 24) == [direct[:until]]
+        assert generate(answerer.model, answerer.tokenizer, [prompt], 24, 512) == [direct[:until]]
         assert answerer.answers([prompt]) == [answerer.tokenizer.decode(direct, skip_special_tokens=True).strip()]
 
 
@@ -112,7 +112,7 @@ def test_generation_stops_at_the_end_of_sequence_token(answerer, monkeypatch):
     monkeypatch.setattr(
         answerer.model, "generate", lambda input_ids, **_: torch.tensor([[1, 1, 5, 6, end, 7], [1, 1, 5, 6, 8, 9]])
     )
-    assert generate(answerer.model, answerer.tokenizer, [[1], [1, 1]], 4) == [[5, 6], [5, 6, 8, 9]]
+    assert generate(answerer.model, answerer.tokenizer, [[1], [1, 1]], 4, 512) == [[5, 6, 8, 9], [5, 6]]
 
 
 def test_merged_model_equals_adapter_on_an_unquantized_base(run_folder, tmp_path):
@@ -505,7 +505,7 @@ def test_lm_eval_gives_the_log_likelihoods_of_our_own_loss(answerer, run_folder,
     rows = read_json_lines(eval_file)
     partition = dataset.tokenize_rows(rows, answerer.tokenizer, ALPACA, 512)
     data = held_out(partition, np.arange(len(rows)), Dataset.from_list(rows), "category")
-    ours = -losses_on(answerer.model, data.rows, micro_batch_size=1)[:, 0]
+    ours = -losses_on(answerer.model, data.rows, tokens_at_once=1)[:, 0]
     theirs = [float(sample["resps"][0][0][0]) for sample in found["samples"]["own_loss"]]
     np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-3)
     right = score(answerer.model, answerer.tokenizer, data, 1, answers=7, max_new_tokens=24)

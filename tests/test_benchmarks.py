@@ -1,6 +1,7 @@
 """The benchmarks run, at small shapes, and count what they say they count."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,29 +16,30 @@ from tests.conftest import small
 from utils import SUITE_FOLDER
 
 WITHOUT_FLOWER = """
-import runpy, sys
+import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("flwr", "flwr_datasets", "ray", "hydra", "omegaconf"):
             raise ImportError(name)
 sys.meta_path.insert(0, Absent())
-sys.argv[0] = "gpu"
-runpy.run_module("benchmarks.gpu", run_name="__main__")
-"""
+"""  # in every Python process that has it as sitecustomize.py
 
 
 @pytest.mark.slow
 def test_gpu_benchmark_runs_where_flower_ray_and_hydra_are_absent(tmp_path):
-    arguments = ["--models", "tiny", "--quantizations", "4", "--micro-batches", "2", "--batch", "4", "--length", "32"]
+    arguments = ["--cases", "tiny:4:2", "tiny:5:2", "tiny:4:naive", "--batch", "4", "--length", "32"]
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_FLOWER)
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_FLOWER, *arguments, "--naive", f"--output={tmp_path / 'gpu.json'}"],
-        cwd=SUITE_FOLDER, capture_output=True, text=True, timeout=1200, check=False,
+        [sys.executable, "-m", "benchmarks.gpu", *arguments, f"--output={tmp_path / 'gpu.json'}"],
+        cwd=SUITE_FOLDER, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=1200,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
-    assert [result["kind"] for result in results] == ["passes of 2", "naive"]
-    assert results[0]["step_s"] > 0
-    assert results[0]["cached_load_s"] > 0
+    *small, good, bad, naive = results
+    assert [result["case"] for result in results] == [*gpu.PREFLIGHT, "tiny:4:2", "tiny:5:2", "tiny:4:naive"]
+    assert all(result["step_s"] > 0 for result in (*small, good, naive))  # one that fails does not take the next along
+    assert "error" in bad
 
 
 @pytest.mark.parametrize(("shape", "expected"), [("3B", 1.67e14), ("7B", 3.31e14)])
@@ -70,8 +72,26 @@ def test_limit_and_suite_do_the_same_work():
 
 @pytest.mark.parametrize("naive_rounds", [0, 1])
 def test_round_time_reports_ratios_of_pairs(naive_rounds):
-    results = round_time.summarize(round_time.measure(small(), pairs=2, naive_rounds=naive_rounds))
+    times = round_time.measure(small(), 2, {"naive": naive_rounds, "main": 0}, [])
+    results = round_time.summarize(times)
     assert results["limit"]["tokens"] == results["suite"]["tokens"]
+    assert results["plain"]["tokens"] == results["scored"]["tokens"]
     assert results["suite/limit"] > 0
     assert ("naive" in results) == bool(naive_rounds)
     assert bool(results["naive/suite"]) == bool(naive_rounds)
+    assert "main" not in results
+
+
+def test_ratios_are_by_token():
+    one, two = {"seconds": 3.0, "tokens": 100, "padded": 120}, {"seconds": 2.0, "tokens": 200, "padded": 210}
+    times = {name: [] for pair in round_time.RATIOS for name in pair} | {"limit": [two, two], "suite": [one, one]}
+    assert round_time.summarize(times)["suite/limit"] == pytest.approx(0.03 / 0.01)
+
+
+def test_model_with_a_large_vocabulary_is_one_of_the_suite(tmp_path):
+    folder = workload.write_model(tmp_path / "model", "7M", 5000)
+    cfg = small(f"model.name={folder}").model
+    assert adapters.read_config(cfg).vocab_size == 5000
+    own = adapters.read_tokenizer(small().model)
+    text = "What is the plan for London?"
+    assert adapters.read_tokenizer(cfg)(text)["input_ids"] == own(text)["input_ids"]

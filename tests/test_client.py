@@ -165,7 +165,7 @@ def test_padding_and_prompt_carry_no_loss_and_right_padding_needs_no_mask(worker
     for row, labels in zip(rows, batch["labels"].tolist(), strict=True):
         assert labels[: len(row["labels"])] == row["labels"]
         assert set(labels[len(row["labels"]) :]) <= {IGNORED}
-    loss, right, tokens = losses_on(worker.model.eval(), rows, micro_batch_size=4).sum(0)
+    loss, right, tokens = losses_on(worker.model.eval(), rows, 2048).sum(0)
     assert tokens == sum(label != IGNORED for row in rows for label in row["labels"])
     with torch.no_grad():
         assert loss / tokens == pytest.approx(whole_batch_loss(worker.model.eval(), rows).item(), rel=5e-3)

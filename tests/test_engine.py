@@ -29,7 +29,7 @@ def no_ray_is_left():
     engine.end()
 
 
-@pytest.mark.parametrize(("num_gpus", "room"), [(1.0, 3), (0.5, 6), (0.3, 9), (2.0, 1), (0.0, 16), (4.0, 0)])
+@pytest.mark.parametrize(("num_gpus", "room"), [(1.0, 3), (0.5, 6), (0.3, 9), (0.0, 16)])
 def test_room_counts_cores_and_gpus(num_gpus, room):
     assert engine.room_on({"CPU": 16.0, "GPU": 3.0}, ClientResources(num_cpus=1, num_gpus=num_gpus)) == room
     assert engine.room_on({"CPU": 2.0, "GPU": 3.0}, ClientResources(num_cpus=1, num_gpus=num_gpus)) == min(room, 2)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from flwr.app import Message, MetricRecord, RecordDict
+from transformers import LlamaConfig
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 import client
 from client import GLOBAL_SET, Site, Worker, client_app, evaluate_adapter
@@ -54,7 +56,7 @@ def test_loss_and_perplexity_equal_a_direct_computation(exact):
                     total -= torch.log_softmax(logits[place - 1], 0)[label].item()
                     right += int(logits[place - 1].argmax()) == label
                     count += 1
-    found = figures(score(worker.model, worker.tokenizer, data, micro_batch_size=3))
+    found = figures(score(worker.model, worker.tokenizer, data, tokens_at_once=600))
     assert found["loss"] == pytest.approx(total / count, abs=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert found["token_accuracy"] == right / count
@@ -64,16 +66,24 @@ def test_loss_and_perplexity_equal_a_direct_computation(exact):
 class Next(torch.nn.Module):
     """A model that expects after every token the one with the next number, with a probability of one half."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
+    config = LlamaConfig(vocab_size=12, hidden_size=1, num_attention_heads=1)
 
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.base_model = Numbers()
+
+    def forward(self, use_cache):
+        numbers = self.base_model().last_hidden_state
+        logits = torch.full((*numbers.shape[:2], 12), math.log(0.5 / 11))
+        return CausalLMOutput(logits=logits.scatter_(-1, numbers.long() + 1, math.log(0.5)))
+
+
+class Numbers(torch.nn.Module):
+    """Its decoder, whose hidden states are the tokens."""
 
     def forward(self, input_ids, use_cache):
-        logits = torch.full((*input_ids.shape, 12), math.log(0.5 / 11))
-        logits.scatter_(-1, (input_ids + 1)[..., None], math.log(0.5))
-        return type("Output", (), {"logits": logits})
+        return BaseModelOutput(last_hidden_state=input_ids[..., None].float())
 
 
 class Spelled:
@@ -97,9 +107,9 @@ def test_counts_equal_hand_counts(monkeypatch):
     )
     answers = {(1, 2): "the cat", (5,): "yes", (1,): "ja"}
     texts = iter(answers[tuple(prompt)] for prompt in asked_in(data))
-    monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, prompts, most: [[]] * len(prompts))
+    monkeypatch.setattr(evaluation, "generate", lambda model, tokenizer, prompts, longest, most: [[]] * len(prompts))
     monkeypatch.setattr(Spelled, "decode", lambda *_, **__: next(texts))
-    found = figures(score(Next(), Spelled(), data, micro_batch_size=2, answers=3))
+    found = figures(score(Next(), Spelled(), data, tokens_at_once=8, answers=3))
     # after 2 comes 3, right; after 3 comes 4, right; after 4 comes 0, wrong; after 5 comes 6, right; then 0; 9 after 1
     assert (found["tokens"], found["token_accuracy"]) == (6, 3 / 6)
     assert found["loss"] == pytest.approx((3 * math.log(2) + 3 * math.log(22)) / 6)
@@ -133,15 +143,15 @@ def test_rouge_l_equals_hand_counts_in_any_script(right, answer, expected):
 def test_greedy_answers_stop_at_eos_and_do_not_depend_on_the_batch(exact):
     worker, data = exact
     prompts = [evaluation.prompt_of(row) for row in data.rows]
-    together = evaluation.generate(worker.model.eval(), worker.tokenizer, prompts, 12)
-    alone = [evaluation.generate(worker.model, worker.tokenizer, [prompt], 12)[0] for prompt in prompts]
+    together = evaluation.generate(worker.model.eval(), worker.tokenizer, prompts, 12, 300)
+    alone = [evaluation.generate(worker.model, worker.tokenizer, [prompt], 12, 300)[0] for prompt in prompts]
     assert together == alone
     assert all(worker.tokenizer.eos_token_id not in ids and len(ids) <= 12 for ids in together)
 
 
 def test_categories_add_up_and_too_many_count_as_none(exact):
     worker, data = exact
-    found = figures(score(worker.model, worker.tokenizer, data, 4))
+    found = figures(score(worker.model, worker.tokenizer, data, 2048))
     parts = found["by_category"].values()
     assert len(parts) > 1
     assert sum(part["tokens"] for part in parts) == found["tokens"]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import model as adapters
 import test as cli
-from learning import answering, tuned
+from learning import answering, merging, tuned
 from runs.runfolder import find_checkpoint
 from settings.schema import SettingsError
 from tests.conftest import small
@@ -179,9 +179,9 @@ def named_base(folder: Path, name) -> str:
 
 
 def test_a_merged_model_keeps_settings_of_generation_that_transformers_would_write():
-    sound = answering.generation_settings(GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=2), [2, 3])
+    sound = merging.generation_settings(GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=2), [2, 3])
     assert (sound.temperature, sound.eos_token_id) == (0.6, [2, 3])
-    torn = answering.generation_settings(GenerationConfig(temperature=0.9, top_p=0.6, bos_token_id=1), [2])
+    torn = merging.generation_settings(GenerationConfig(temperature=0.9, top_p=0.6, bos_token_id=1), [2])
     torn.validate(strict=True)
     assert (torn.temperature, torn.bos_token_id, torn.eos_token_id) == (None, 1, [2])
 

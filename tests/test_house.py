@@ -12,18 +12,19 @@ FRONT = {"main.py", "client.py", "model.py", "dataset.py", "utils.py", "test.py"
 MAY_IMPORT = {  # by file of the front, or room; lower ones first
     "utils": (),
     "settings": (),
+    "machine": (),
     "hub": ("settings", "utils"),
     "model": ("hub", "settings", "utils"),
     "dataset": ("hub", "settings", "utils"),
     "exchange": ("model", "settings"),
     "runs": ("dataset", "model", "settings", "utils"),
-    "learning": ("runs", "exchange", "dataset", "model", "hub", "settings", "utils"),
-    "client": ("learning", "exchange", "dataset", "model", "hub", "settings", "utils"),
-    "test": ("learning", "runs", "settings", "utils"),
-    "server": ("client", "learning", "runs", "exchange", "dataset", "model", "hub", "settings", "utils"),
-    "deployment": ("client", "settings", "utils"),
-    "app": ("deployment", "server", "runs", "exchange", "dataset", "model", "settings", "utils"),
-    "main": ("server", "runs", "settings", "utils"),
+    "learning": ("runs", "exchange", "dataset", "model", "hub", "machine", "settings", "utils"),
+    "client": ("learning", "exchange", "dataset", "model", "hub", "machine", "settings", "utils"),
+    "test": ("learning", "runs", "machine", "settings", "utils"),
+    "server": ("client", "learning", "runs", "exchange", "dataset", "model", "hub", "machine", "settings", "utils"),
+    "deployment": ("client", "machine", "settings", "utils"),
+    "app": ("deployment", "server", "runs", "exchange", "dataset", "model", "machine", "settings", "utils"),
+    "main": ("server", "runs", "machine", "settings", "utils"),
 }
 ROOMS = sorted(name for name in MAY_IMPORT if f"{name}.py" not in FRONT)
 

@@ -124,19 +124,6 @@ def weights_digest(model) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("size", OPEN_LLAMA)
-@pytest.mark.parametrize("quantization", ["4", "8"])
-@pytest.mark.parametrize("micro", [16, 4])
-def test_memory_estimate_is_near_the_computed_floors(size, quantization, micro, monkeypatch):
-    monkeypatch.setattr(adapters, "compute_dtype", lambda: torch.bfloat16)  # as on a GPU
-    floors = {("7b", "8"): (12.2, 9.0), ("7b", "4"): (9.0, 5.9), ("3b", "8"): (7.4, 5.2), ("3b", "4"): (5.9, 3.6)}
-    config = compose([f"model.quantization={quantization}", f"train.micro_batch_size={micro}"])
-    base = LlamaConfig(vocab_size=32000, **OPEN_LLAMA[size][0])
-    estimate = plan.memory_bytes(plan.sizes(base, config), config) / 1e9
-    floor = floors[size, quantization][0 if micro == 16 else 1]
-    assert 0.85 * floor < estimate < 1.15 * floor
-
-
 # --- cache of quantized base models ---------------------------------------------------------------
 
 
@@ -245,7 +232,6 @@ def test_target_that_a_model_lacks_is_answered_with_what_it_has(targets):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.lora.target_modules=[lm_head]", "would never be trained"),
         ("+model.lora.trainable_token_indices=[3]", "trainable_token_indices=.*cannot be trained here"),
         ("+model.lora.ensure_weight_tying=true", "ensure_weight_tying=True: cannot be trained here"),
         ("+model.lora.alora_invocation_tokens=[3]", "alora_invocation_tokens=.*cannot be trained here"),

@@ -28,7 +28,7 @@ from dataset import load_rows
 from exchange.faults import SETTINGS_ERROR
 from exchange.guard import outliers
 from exchange.transfer import to_record
-from learning import memory, training
+from learning import training
 from runs import checkpoint, runfolder, stopping
 from settings.compose import compose
 from settings.overrides import parsed, to_type
@@ -822,18 +822,6 @@ def test_gpu_out_of_memory_is_named_with_what_helps_most_first(tmp_path, monkeyp
     assert last.startswith("RuntimeError: out of GPU memory (CUDA out of memory)")
     saved = [part.split("=")[0] for part in last.partition("helps: ")[2].split(", ")]
     assert {"client_resources.num_gpus", "train.micro_batch_size", "model.quantization"} <= set(saved)
-
-
-def test_advice_is_ordered_by_what_it_saves():
-    config = small("client_resources.num_gpus=0.5", "model.quantization=8", "train.micro_batch_size=4")
-    size = memory.Sizes(6_500_000_000, 260_000_000, 16_000_000, 0, 0, 32, 4096, 11008, 32000)
-    now = memory.memory_bytes(size, config)
-    assert now > memory.memory_bytes(size, small("model.quantization=4")) > 0
-    text = memory.advice(config)
-    numbers = [part.split("about ")[1].split(" ")[:2] for part in text.split(", ")]
-    values = [float(value) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit] for value, unit in numbers]
-    assert values == sorted(values, reverse=True)
-    assert len(values) >= 3
 
 
 # --- data -----------------------------------------------------------------------------------------

@@ -1,0 +1,144 @@
+"""A causal language model's head where a label is, and nowhere else.
+
+Logits are the widest tensors of a step, and prompt and padding carry no loss: hidden states of labelled positions alone
+go through the head, in pieces that take no more memory than a layer does. How logits come from hidden states (scaling,
+soft-capping, LoRA in the head, a head that is trained whole) is left to the model's own code.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import PeftModel
+
+from dataset import IGNORED
+
+LEAST_AT_ONCE = 128
+"""Positions of a piece, if memory would allow less: below that, matrix products become slow."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The labelled positions of a batch: N hidden states, and the token that each should predict."""
+
+    model: Any
+    """The causal language model, without PEFT's wrapper."""
+    outputs: Any
+    """What its decoder returned."""
+    states: torch.Tensor  # (N, hidden)
+    targets: torch.Tensor  # (N,)
+    at_once: int
+    """Positions of a piece."""
+
+    def behind(self, states: torch.Tensor, **options: Any) -> Any:
+        """What the model's own forward pass makes of (N, hidden) `states` behind its decoder."""
+        handed = replace(self.outputs, last_hidden_state=states[None])
+        with patch.object(self.model.base_model, "forward", lambda *_, **__: handed):
+            return self.model(use_cache=False, **options)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(N, hidden) to (N, vocabulary)."""
+        logits: torch.Tensor = self.behind(states).logits[0]
+        return logits
+
+    def pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """States and targets, up to `at_once` positions at a time."""
+        yield from zip(self.states.split(self.at_once), self.targets.split(self.at_once), strict=True)
+
+    @property
+    def trained(self) -> list[torch.Tensor]:
+        """Weights of the head that are trained: LoRA's in it, or all of them."""
+        return [weight for weight in self.model.get_output_embeddings().parameters() if weight.requires_grad]
+
+    def loss(self) -> torch.Tensor:
+        """The summed cross-entropy, a float32 scalar (float64 of float64 states); it can be differentiated."""
+        loss: torch.Tensor = SummedLoss.apply(self.states, self, *self.trained)  # type: ignore[no-untyped-call]
+        return loss
+
+    def auxiliary(self) -> torch.Tensor:
+        """What a mixture of experts adds to balance its load; its decoder was asked for `output_router_logits`."""
+        found: torch.Tensor = self.behind(self.states[:1], output_router_logits=True).aux_loss
+        return found
+
+
+def labelled(model: Any, batch: Mapping[str, torch.Tensor], **options: Any) -> Labelled:
+    """Hidden states of the labelled positions of a `batch` of `learning.training.collate`, on the model's device.
+
+    Args:
+        options: of the decoder.
+    """
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    outputs = causal.base_model(input_ids=batch["input_ids"], use_cache=False, **options)
+    states, positions = outputs.last_hidden_state.flatten(0, 1), batch["positions"]
+    targets = batch["labels"].flatten().index_select(0, positions + 1)
+    at_once = positions_at_once(causal.config.get_text_config(), batch["input_ids"].numel())
+    return Labelled(causal, outputs, states.index_select(0, positions), targets, at_once)
+
+
+def labelled_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Where the next token of (rows, T) `labels` carries loss, counted through all rows: (N,)."""
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return (following != IGNORED).flatten().nonzero().squeeze(1)
+
+
+def inner_width(shapes: Any) -> int:
+    """Of a layer's part behind attention."""
+    return int(getattr(shapes, "intermediate_size", None) or 4 * shapes.hidden_size)
+
+
+def layer_values(shapes: Any) -> int:
+    """Values a token that a decoder layer works on at once, forward and backward."""
+    return int(12 * shapes.hidden_size + 8 * inner_width(shapes))
+
+
+def positions_at_once(shapes: Any, tokens: int) -> int:
+    """Positions whose logits (6 values each of the vocabulary: in two precisions, probabilities, slopes) take no more
+    memory than a decoder layer with `tokens` does, but at least LEAST_AT_ONCE."""
+    return max(LEAST_AT_ONCE, tokens * layer_values(shapes) // (6 * shapes.vocab_size))
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """In float32, or in what is finer."""
+    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+
+
+class SummedLoss(torch.autograd.Function):
+    """Cross-entropy of labelled positions; each piece's gradients are taken at once, so that no logits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, positions: Labelled, *trained: torch.Tensor) -> torch.Tensor:
+        total: Any = 0.0
+        slopes, of_trained = [], [torch.zeros_like(weight) for weight in trained]
+        for piece, targets in positions.pieces():
+            loss, slope, *others = piece_gradients(positions.logits, piece, targets, trained)
+            total = total + loss
+            slopes.append(slope)
+            for sums, gradient in zip(of_trained, others, strict=True):
+                sums += gradient
+        ctx.save_for_backward(torch.cat(slopes) if slopes else torch.zeros_like(states), *of_trained)
+        return total if slopes else states.sum().float()
+
+    @staticmethod
+    def backward(ctx: Any, *scale: Any) -> Any:
+        slopes, *of_trained = (gradient.mul_(scale[0]) for gradient in ctx.saved_tensors)
+        return slopes, None, *of_trained
+
+
+def piece_gradients(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    trained: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, ...]:
+    """The summed loss of some positions, and its gradients: of the states, and of the weights that are `trained`."""
+    with torch.enable_grad():
+        states = states.detach().requires_grad_()
+        logits = logits_of(states)
+    likely = log_probabilities(logits.detach())
+    wanted = targets[:, None]
+    loss = -likely.gather(1, wanted).sum()
+    slope = likely.exp_().scatter_add_(1, wanted, likely.new_full((), -1.0).expand(wanted.shape))  # softmax - one-hot
+    found = torch.autograd.grad(logits, (states, *trained), slope.to(logits.dtype), materialize_grads=True)
+    return loss, *found

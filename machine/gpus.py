@@ -1,0 +1,105 @@
+"""The GPUs of this machine, and which of them a process sees. Imports nothing heavy.
+
+CUDA reads CUDA_VISIBLE_DEVICES once in a process, when the first library looks, and importing bitsandbytes is a look:
+what a process may see is decided before it imports the model libraries, and stays.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as the driver's management library (NVML) tells of it."""
+
+    uuid: str
+    name: str
+    total_bytes: float
+    free_bytes: float
+
+
+@functools.cache
+def given() -> str | None:
+    """What CUDA_VISIBLE_DEVICES was when this process first asked, before `show` changed it; None: it was not set."""
+    return os.environ.get(VARIABLE)
+
+
+def show(ids: Sequence[str]) -> None:
+    """Let the libraries of this process, and the processes it starts, see these GPUs alone; none if there are none.
+
+    To be called before any of them looks.
+    """
+    given()
+    os.environ[VARIABLE] = ",".join(ids)
+
+
+def show_given() -> None:
+    """Take back what `show` did, for a process that this one starts, or becomes."""
+    if (before := given()) is None:
+        os.environ.pop(VARIABLE, None)
+    else:
+        os.environ[VARIABLE] = before
+
+
+def first() -> list[str]:
+    """The first GPU that this process was given, if there is one; asks nobody, so it need not exist."""
+    names = [name.strip() for name in given().split(",")] if given() is not None else ["0"]  # type: ignore[union-attr]
+    return [name for name in names[:1] if name]
+
+
+def ids() -> list[str]:
+    """The GPUs that this process was given, each as CUDA_VISIBLE_DEVICES names it: number, UUID, or MIG device.
+
+    As CUDA reads that variable: what comes after a name without a GPU is not seen, and nothing is if one is named
+    twice. Blanks are taken out, which CUDA takes for a part of a name.
+    """
+    found = cards()
+    if (text := given()) is None:
+        return [str(number) for number in range(len(found))]
+    seen: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        if not card_of(name, found):
+            break
+        if name in seen:
+            return []
+        seen.append(name)
+    return seen
+
+
+def card_of(name: str, found: Sequence[Card]) -> Card | None:
+    """The card that a name in CUDA_VISIBLE_DEVICES means; a MIG device's is not told apart from the first."""
+    if name.isdecimal():
+        return found[int(name)] if int(name) < len(found) else None
+    if name.startswith("MIG-"):
+        return next(iter(found), None)
+    return next((card for card in found if name.startswith("GPU-") and card.uuid.startswith(name)), None)
+
+
+def fullest() -> Card | None:
+    """Of the GPUs that this process was given, the one with the least free memory."""
+    found = cards()
+    given_ones = [card for name in ids() if (card := card_of(name, found))]
+    return min(given_ones, key=lambda card: card.free_bytes, default=None)
+
+
+def cards() -> list[Card]:
+    """All GPUs of this machine, whatever CUDA_VISIBLE_DEVICES says; none without NVIDIA's driver. CUDA stays asleep."""
+    from ray._private.thirdparty import pynvml as nvml  # NVIDIA's own bindings, as Ray ships them
+
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return []
+    handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+    try:
+        return [
+            Card(nvml.nvmlDeviceGetUUID(each), nvml.nvmlDeviceGetName(each), float(memory.total), float(memory.free))
+            for each in handles
+            for memory in [nvml.nvmlDeviceGetMemoryInfo(each)]
+        ]
+    finally:
+        nvml.nvmlShutdown()
