@@ -7,6 +7,7 @@ are made once, and between rounds only the adapter, the optimizer and the random
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import platform
@@ -112,6 +113,8 @@ class Worker:
         if self.broken:
             raise self.broken
         config = self.config.model
+        gc.unfreeze()
+        gc.collect()  # a base model of other settings has to go before this one comes
         try:
             model = adapters.add_adapter(adapters.load_base(config), config)
         except SettingsError as error:
@@ -119,7 +122,9 @@ class Worker:
             raise
         self.counts["model_loads"] += 1
         self.untrained = adapters.get_adapter(model)
-        return make_trainer(model, self.tokenizer, settled(self.config))
+        trainer = make_trainer(model, self.tokenizer, settled(self.config))
+        gc.freeze()  # the trainer collects garbage in every round, which takes long among all that stays
+        return trainer
 
     @functools.cached_property
     def initial(self) -> Adapter:
