@@ -7,6 +7,7 @@ are made once, and between rounds only the adapter, the optimizer and the random
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import platform
@@ -113,6 +114,8 @@ class Worker:
         if self.broken:
             raise self.broken
         config = self.config.model
+        gc.unfreeze()
+        gc.collect()  # a base model of other settings has to go before this one comes
         try:
             device = adapters.device_of(self.config.client_resources)
             model = adapters.add_adapter(adapters.load_base(config, device), config)
@@ -121,7 +124,9 @@ class Worker:
             raise
         self.counts["model_loads"] += 1
         self.untrained = adapters.get_adapter(model)
-        return make_trainer(model, self.tokenizer, settled(self.config))
+        trainer = make_trainer(model, self.tokenizer, settled(self.config))
+        gc.freeze()  # the trainer collects garbage in every round, which takes long among all that stays
+        return trainer
 
     @functools.cached_property
     def initial(self) -> Adapter:

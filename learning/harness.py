@@ -10,6 +10,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dataset import encode_text
 from learning.answering import Answerer, writing
 from settings.schema import SettingsError
@@ -34,7 +36,10 @@ class Examinee(HFLM):
         tokenizer.chat_template = answerer.template
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         # by default it takes logarithms in the model's bfloat16: -29.625 for -29.679
-        super().__init__(answerer.model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+        model, low = answerer.model, "bfloat16" if answerer.model.dtype == torch.bfloat16 else None
+        super().__init__(
+            model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32", mixed_precision_dtype=low
+        )  # as `model.arithmetic`
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return encode_text(self.tokenizer, context), encode_text(self.tokenizer, continuation)

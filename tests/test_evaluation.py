@@ -13,11 +13,14 @@ from transformers import LlamaConfig
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 import client
+import model as adapters
+import test as cli
 from client import GLOBAL_SET, Site, Worker, client_app, evaluate_adapter
 from dataset import IGNORED, load_rows
 from exchange.guard import check_scores
 from exchange.scores import figures
 from learning import evaluation, training
+from learning.answering import Answerer
 from learning.evaluation import HeldOut, score
 from learning.memory import sizes
 from model import read_config
@@ -617,3 +620,54 @@ def test_wrong_limit_leaves_the_results_of_an_ended_run_alone(tmp_path):
     with pytest.raises(SettingsError, match="use at least"), runfolder.claimed(tmp_path / "run", worse, []):
         make_federation(worse, tmp_path / "run")
     assert measured(tmp_path / "run")["rounds"] == 2
+
+
+# --- one arithmetic -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_bfloat16(monkeypatch):
+    """As on a GPU: the base model computes in bfloat16, and so does the adapter under autocast."""
+    monkeypatch.setattr(adapters, "compute_dtype", lambda device=None: torch.bfloat16)
+
+
+def test_loss_is_the_same_before_and_after_the_first_training_and_in_test_py(in_bfloat16, tmp_path):
+    config = small(HELD_OUT)
+    worker, adapter = Worker(config), start(config)
+    trained, _ = client.fine_tune(Worker(config), adapter, 0, training.Task(1, 3e-3))
+    before = evaluate_adapter(worker, trained, GLOBAL_SET)
+    client.fine_tune(worker, adapter, 1, training.Task(1, 3e-3))
+    after = evaluate_adapter(worker, trained, GLOBAL_SET)
+    for category, sums in before.items():
+        np.testing.assert_array_equal(sums, after[category])
+
+    lora, _ = adapters.adapter_plan(config.model, read_config(config.model))
+    adapters.save_adapter(tmp_path / "peft_1", trained, lora, worker.template)
+    options = cli.parse(
+        [f"--peft-path={tmp_path / 'peft_1'}", f"--quantization={config.model.quantization}", "--question=x"]
+    )
+    asked = Answerer(tmp_path / "peft_1", options)
+    data = worker.held_out(GLOBAL_SET)
+    there = score(asked.model, asked.tokenizer, data, config.train.tokens_at_once)
+    for category, sums in before.items():
+        np.testing.assert_array_equal(sums[:3], there[category][:3])
+
+
+@pytest.mark.parametrize(
+    "part", ["model.lora.bias=lora_only", "+model.lora.lora_bias=true", "+model.lora.modules_to_save=[lm_head,norm]"]
+)
+def test_float32_parts_of_an_adapter_train_are_measured_and_answer(part, in_bfloat16):
+    config = small(HELD_OUT, part, "evaluate.answers=1", "evaluate.max_new_tokens=2")
+    worker = Worker(config)
+    adapter = worker.initial
+    trained, _ = client.fine_tune(worker, adapter, 0, training.Task(1, 3e-3))
+    assert not all(np.array_equal(trained[name], adapter[name]) for name in adapter)
+    assert figures(evaluate_adapter(worker, trained, GLOBAL_SET))["answers"] == 1
+
+
+def test_batches_hold_as_many_tokens_as_allowed_and_every_row_once():
+    lengths = [5, 30, 7, 100, 7, 28, 1]
+    batches = evaluation.in_batches(lengths, 60)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert batches == [[3], [1, 5], [2, 4, 0, 6]]  # 100 alone; 2 x 30; 4 x 7
+    assert evaluation.in_batches([], 60) == []
