@@ -11,7 +11,7 @@ from exchange.scores import FIELDS, LONGEST_NAME, MOST_CATEGORIES, Scores
 from model import Adapter
 
 PARTS = ("load_s", "data_s", "train_s")
-TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "cut", "model_loads", "tokenizations")
+TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "refused", "cut", "model_loads", "tokenizations")
 REPORT = frozenset((*PARTS, *TOTALS, "total_s", "num-examples", "train_loss", "peak_memory_bytes"))
 MOST = 1e12  # of any number that a client reports
 

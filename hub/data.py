@@ -8,25 +8,23 @@ from hub.access import ask, download, refused
 from settings.schema import RunError, SettingsError
 
 
-def data_builder(name: str) -> Any:
-    """A `datasets` builder of the Hub's data set `name`, its files downloaded.
+def data_builder(name: str, subset: str | None = None) -> Any:
+    """A `datasets` builder of the Hub's data set `name`, in the configuration `subset`, its files downloaded.
 
     Where the Hub cannot be reached, it is what was read last on this machine.
 
     Raises:
         SettingsError, RunError: as `model_folder`.
     """
-    from datasets import load_dataset_builder
-
     repository = ask(name, "dataset")
     if failure := repository.failure:
-        if last := last_builder(name):
+        if last := last_builder(name, subset):
             return last
         if isinstance(failure, RunError):
             raise failure
         raise SettingsError(f"dataset.name={name}: no such local file or folder, and not in the cache ({failure})")
     with refused(name, "dataset"):
-        builder = load_dataset_builder(name, revision=repository.commit)
+        builder = chosen_builder(name, subset, repository.commit)
     mark, files = f"datasets/{name}@{repository.commit}/", []
     for file in [str(file) for split in (builder.config.data_files or {}).values() for file in split]:
         if "://" not in file:  # a repository's README could name them, and so make this machine read its own files
@@ -36,8 +34,22 @@ def data_builder(name: str) -> Any:
     return builder
 
 
-def last_builder(name: str) -> Any:
-    """What `datasets` has kept of a data set that was read on this machine, in which configuration it may have been.
+def chosen_builder(name: str, subset: str | None, commit: str) -> Any:
+    from datasets import get_dataset_config_names, load_dataset_builder
+
+    try:
+        return load_dataset_builder(name, subset, revision=commit)
+    except ValueError as error:  # which does not say that it is about the configuration
+        names = get_dataset_config_names(name, revision=commit)
+        if subset in names or (subset is None and len(names) < 2):
+            raise
+        raise SettingsError(
+            f"dataset.subset={'null' if subset is None else subset}: {name} has {', '.join(names)}; choose one"
+        ) from error
+
+
+def last_builder(name: str, subset: str | None) -> Any:
+    """What `datasets` has kept of a data set that was read on this machine, in the configuration `subset` if it is set.
 
     Returns None if it was not read, or is damaged. Asks nobody: `load_dataset_builder` would try the network first.
     """
@@ -47,7 +59,8 @@ def last_builder(name: str) -> Any:
 
     owner, _, last = name.rpartition("/")
     folder = "___".join(filter(None, [owner, camelcase_to_snakecase(last)]))
-    kept = [file.parent for file in Path(config.HF_DATASETS_CACHE).glob(f"{folder}/*/*/*/dataset_info.json")]
+    pattern = f"{folder}/{subset or '*'}/*/*/dataset_info.json"
+    kept = [file.parent for file in Path(config.HF_DATASETS_CACHE).glob(pattern)]
     with contextlib.suppress(OSError, ValueError):  # of an empty list, too
         chosen, version, digest = max(kept, key=lambda place: place.stat().st_mtime).parts[-3:]
         return Cache(dataset_name=last, repo_id=name, config_name=chosen, version=version, hash=digest)

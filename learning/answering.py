@@ -201,7 +201,10 @@ def kept_answers(path: Path, questions: Sequence[dict[str, Any]], made_by: str) 
 def evaluate(checkpoint: Path, options: argparse.Namespace) -> None:
     """Print how good the adapter, and with --compare the base model, is on the rows of --evaluate; JSON to --output."""
     answerer = Answerer(checkpoint, options)
-    cfg = DatasetConfig(name=options.evaluate, split=options.split, category_column=options.category_column)
+    cfg = DatasetConfig(
+        name=options.evaluate, subset=options.subset, split=options.split, columns=options.columns,
+        category_column=options.category_column,
+    )  # fmt: skip
     rows = load_rows(cfg)
     with answerer.prompting():
         partition = tokenize_rows(rows, answerer.tokenizer, answerer.template, options.seq_length)

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 
-from dataset import IGNORED, Partition, end_ids, text_of
+from dataset import IGNORED, Partition, Rows, end_ids
 from exchange.scores import FIELDS, LONGEST_NAME, MOST_CATEGORIES, Scores
 from learning.training import collate
 from utils import generator
@@ -25,25 +24,26 @@ CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # written without blanks: each 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows to be evaluated on: as tokens, with the right answers and the categories, row by row."""
+    """Rows to be evaluated on: as tokens, with the right last answers and the categories, row by row."""
 
     rows: list[dict[str, list[int]]]
     outputs: list[str]
     categories: list[str]
 
 
-def held_out(partition: Partition, chosen: np.ndarray, raw: Dataset, category_column: str) -> HeldOut:
+def held_out(partition: Partition, chosen: np.ndarray, raw: Rows, category_column: str) -> HeldOut:
     """The `chosen` rows of a tokenized `partition`; `raw` is what it was made from.
 
     Data with more than MOST_CATEGORIES categories counts as having none.
     """
     texts = raw.select(partition.sources[chosen].tolist())
-    values = texts[category_column] if category_column in raw.column_names else []
-    categories = [" ".join(text_of(value).split())[:LONGEST_NAME] for value in values]
+    categories = [" ".join(value.split())[:LONGEST_NAME] for value in texts.column(category_column)]
     if not categories or len(set(categories)) > MOST_CATEGORIES:
         categories = [""] * len(texts)
     rows = [partition.row(index) for index in chosen]
-    return HeldOut(rows, [text_of(output).strip() for output in texts["output"]], categories)
+    turns = zip(texts, partition.turns[chosen], strict=True)
+    outputs = [conversation.turns[number]["content"].strip() for conversation, number in turns]
+    return HeldOut(rows, outputs, categories)
 
 
 def score(
@@ -93,7 +93,8 @@ def losses_on(model: Any, rows: Sequence[dict[str, list[int]]], micro_batch_size
 
 
 def prompt_of(row: Mapping[str, list[int]]) -> list[int]:
-    return row["input_ids"][: row["labels"].count(IGNORED)]
+    """What stands before the last answer."""
+    return row["input_ids"][: len(row["labels"]) - row["labels"][::-1].index(IGNORED)]
 
 
 @torch.inference_mode()

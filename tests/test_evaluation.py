@@ -328,14 +328,16 @@ def test_scores_that_can_not_be_are_refused(scores, fault):
 
 
 def test_rows_that_are_trained_on_too_are_counted(tmp_path):
-    own = load_rows(small().dataset).select(range(3)).to_list() + [{"instruction": "new", "input": "", "output": "x"}]
+    own = load_rows(small().dataset).table.select(range(3)).to_list() + [
+        {"instruction": "new", "input": "", "output": "x"}
+    ]
     file = tmp_path / "eval.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in own))
     facts = check_inputs(small(f"dataset.eval_name={file}")).data
     assert facts["held_out"]["also_trained_on"] == 3
     assert check_inputs(small(HELD_OUT)).data["held_out"]["also_trained_on"] == 0
     file.write_text('{"question": "x"}')
-    with pytest.raises(SettingsError, match=r"^dataset.eval_name=.*: has no column instruction, input, output"):
+    with pytest.raises(SettingsError, match=r"^dataset.eval_name=.*: has no columns that make a row"):
         check_inputs(small(f"dataset.eval_name={file}"))
     file.write_text('{"instruction": "x", "input": "", "output": " "}')
     with pytest.raises(SettingsError, match=r"^dataset.eval_name=.*: none of its rows has an output"):
