@@ -135,11 +135,9 @@ def parts_of(
     for number in wanted:
         prompt = render(tokenizer, template, turns[:number], tools, for_response=True)
         whole = render(tokenizer, template, turns[: number + 1], tools, for_response=False)
-        if not prompt.startswith(before):
+        if not prompt.startswith(before) or (not whole.startswith(prompt) and len(wanted) > 1):
             raise Rewritten("whose earlier turns the template writes in another way")
-        if not whole.startswith(prompt):
-            raise Refused("whose response the template does not write behind the prompt")
-        answer = whole[len(prompt) :]
+        answer = whole[len(prompt) :] if whole.startswith(prompt) else alone(tokenizer, template, turns[: number + 1])
         end = end_marks(tokenizer).search(answer)
         answer = answer[: end.end()] if end else answer  # what a template writes behind it is not the answer's
         check_all_there(tokenizer, template, conversation, number, prompt, answer)
@@ -148,6 +146,16 @@ def parts_of(
         parts.append(Part(ended(tokenizer, encode_text(tokenizer, answer, lead_of(tokenizer, prompt))), number))
         before = prompt + answer
     return parts
+
+
+def alone(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[Turn]) -> str:
+    """How the template writes the last turn if there is no system prompt: some move that once an answer follows."""
+    shorter = turns[turns[0]["role"] == "system" :]
+    prompt = render(tokenizer, template, shorter[:-1], for_response=True)
+    whole = render(tokenizer, template, shorter, for_response=False)
+    if not whole.startswith(prompt):
+        raise Refused("whose response the template does not write behind the prompt")
+    return whole[len(prompt) :]
 
 
 def ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

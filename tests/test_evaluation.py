@@ -1,5 +1,6 @@
 """Does it help? Held-out rows stay out, the numbers are right, and a run ends where they say."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from flwr.app import Message, MetricRecord, RecordDict
 
 import client
@@ -139,6 +139,11 @@ def test_greedy_answers_stop_at_eos_and_do_not_depend_on_the_batch(exact):
     assert all(worker.tokenizer.eos_token_id not in ids and len(ids) <= 12 for ids in together)
 
 
+def with_categories(rows, values):
+    """The same rows, with other values in their column `category`."""
+    return dataclasses.replace(rows, table=rows.table.remove_columns("category").add_column("category", values))
+
+
 def test_categories_add_up_and_too_many_count_as_none(exact):
     worker, data = exact
     found = figures(score(worker.model, worker.tokenizer, data, 4))
@@ -148,7 +153,7 @@ def test_categories_add_up_and_too_many_count_as_none(exact):
     mean = sum(part["loss"] * part["tokens"] for part in parts) / found["tokens"]
     assert mean == pytest.approx(found["loss"])
     partition = worker.partition(GLOBAL_SET)
-    raw = Dataset.from_dict({"output": ["x"] * 203, "category": [str(number) for number in range(203)]})
+    raw = with_categories(worker.eval_rows, [str(number) for number in range(203)])
     assert set(evaluation.held_out(partition, np.arange(203), raw, "category").categories) == {""}
     assert set(evaluation.held_out(partition, np.arange(203), raw, "no such column").categories) == {""}
 
@@ -591,7 +596,7 @@ def test_long_and_odd_category_names_are_cut_to_one_line(exact):
     worker, data = exact
     partition = worker.partition(GLOBAL_SET)
     names = ["x" * 300, "two\nlines", None, "[/bold]"]
-    raw = Dataset.from_dict({"output": ["y"] * 203, "category": (names * 51)[:203]})
+    raw = with_categories(worker.eval_rows, (names * 51)[:203])
     found = set(evaluation.held_out(partition, np.arange(203), raw, "category").categories)
     assert found == {"x" * 100, "two lines", "", "[/bold]"}
     both = figures({str(number): np.array(GOOD) for number in range(101)})

@@ -70,14 +70,11 @@ def trained(path, *overrides: str) -> list[str]:
 def raw(values: str, count=24) -> bytes:
     """JSON lines whose outputs are these literals, over and over."""
     literals = values.split()
-    return "".join(
-        f'{{"instruction": "x", "output": {literals[n % len(literals)]}}}\n' for n in range(count)
-    ).encode()
+    return "".join(f'{{"instruction": "x", "output": {literals[n % len(literals)]}}}\n' for n in range(count)).encode()
 
 
 NUMBERS = "1.50 1e3 12345678901234567890123 18446744073709551615 -0 -0.0 1E-7 0.1 true null 2.5 1"
-AS_TEXT = [value for value in NUMBERS.split()]
-WITH_NONE = ["" if value == "null" else value for value in AS_TEXT]
+WITH_NONE = ["" if value == "null" else value for value in NUMBERS.split()]
 INDEXED = [{"": str(number), **row} for number, row in enumerate(ROWS)]
 MANY = [{"instruction": "x", "output": "text"}] * 30_000  # more than any first chunk of a reader that guesses
 LATE = {"instruction": "late", "input": "seen", "output": 1.50}
@@ -98,7 +95,10 @@ GOOD = {  # what: files, what is trained
         [f"2024-05-{n:02}" for n in range(1, 25)],
     ),
     "nothing at all in a column of the first file": (
-        {"a.jsonl": lines([r | {"input": None} for r in ROWS[:12]]), "b.jsonl": lines([r | {"input": "t"} for r in ROWS[12:]])},
+        {
+            "a.jsonl": lines([r | {"input": None} for r in ROWS[:12]]),
+            "b.jsonl": lines([r | {"input": "t"} for r in ROWS[12:]]),
+        },
         RIGHT,
     ),
     "a column more in the second file": (
@@ -115,10 +115,15 @@ GOOD = {  # what: files, what is trained
     "a byte order mark before an array": ({"d.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode()}, RIGHT),
     "numbers as they are written": ({"d.jsonl": raw(NUMBERS, 12)}, WITH_NONE),
     "numbers as they are written in an array": (
-        {"d.json": b"[" + raw(NUMBERS, 12).strip().replace(b"\n", b",") + b"]"}, WITH_NONE
+        {"d.json": b"[" + raw(NUMBERS, 12).strip().replace(b"\n", b",") + b"]"},
+        WITH_NONE,
     ),
     "numbers as they are written in CSV": (
-        {"d.csv": table([{"instruction": "x", "output": v} for v in ["007", "1.50", "1e3", "NA", "null", "None", "1,5"]])},
+        {
+            "d.csv": table(
+                [{"instruction": "x", "output": v} for v in ["007", "1.50", "1e3", "NA", "null", "None", "1,5"]]
+            )
+        },
         ["007", "1.50", "1e3", "NA", "null", "None", "1,5"],
     ),
     "times and dates with times": (
@@ -127,21 +132,32 @@ GOOD = {  # what: files, what is trained
     ),
     "another type behind the first ten thousand rows": ({"d.jsonl": lines([*MANY, LATE])}, ["text"] * 30_000 + ["1.5"]),
     "null in the output of the first file": (
-        {"a.jsonl": lines([{"instruction": "x", "output": None}]), "b.jsonl": lines([{"instruction": "x", "output": 3}])},
+        {
+            "a.jsonl": lines([{"instruction": "x", "output": None}]),
+            "b.jsonl": lines([{"instruction": "x", "output": 3}]),
+        },
         ["", "3"],
     ),
     "columns in another order": (
-        {"a.csv": table(ROWS[:12]), "b.csv": table([dict(reversed(r.items())) for r in ROWS[12:]])}, RIGHT
+        {"a.csv": table(ROWS[:12]), "b.csv": table([dict(reversed(r.items())) for r in ROWS[12:]])},
+        RIGHT,
     ),
     "lists in a column that nobody needs, text there in the second file": (
-        {"a.jsonl": lines([r | {"tags": ["x"]} for r in ROWS[:12]]), "b.jsonl": lines([r | {"tags": "x"} for r in ROWS[12:]])},
+        {
+            "a.jsonl": lines([r | {"tags": ["x"]} for r in ROWS[:12]]),
+            "b.jsonl": lines([r | {"tags": "x"} for r in ROWS[12:]]),
+        },
         RIGHT,
     ),
     "colons, stars, percent signs and blanks in the path": ({"a::b *?/c d%20é#x.jsonl": lines(ROWS)}, RIGHT),
     "hidden folders, and what tells of a data set": (
         {
-            "data/train.jsonl": lines(ROWS), ".git/x.jsonl": b"{", ".cache/h/y.json": b"{", "README.md": b"# x",
-            "dataset_infos.json": b"{}", "data/.hidden.jsonl": b"{",
+            "data/train.jsonl": lines(ROWS),
+            ".git/x.jsonl": b"{",
+            ".cache/h/y.json": b"{",
+            "README.md": b"# x",
+            "dataset_infos.json": b"{}",
+            "data/.hidden.jsonl": b"{",
         },
         RIGHT,
     ),
@@ -154,7 +170,8 @@ GOOD = {  # what: files, what is trained
     "blanks in the header": ({"d.csv": table(ROWS, header=[" instruction", "input ", " output ", "category"])}, RIGHT),
     "a header that ends with a comma, as the rows do": ({"d.csv": table([r | {"": ""} for r in ROWS])}, RIGHT),
     "quotes, commas and line breaks": (
-        {"d.csv": table([{"instruction": "x", "output": 'He said "a, b;\r\n\nc"\t'}] * 2)}, ['He said "a, b;\r\n\nc"\t'] * 2
+        {"d.csv": table([{"instruction": "x", "output": 'He said "a, b;\r\n\nc"\t'}] * 2)},
+        ['He said "a, b;\r\n\nc"\t'] * 2,
     ),
     "blanks around a cell": ({"d.csv": b"instruction,output\n a , b \n"}, [" b "]),
     "a field of a megabyte": ({"d.csv": table([{"instruction": "y" * 10**6, "output": "x"}])}, ["x"]),
@@ -167,7 +184,8 @@ GOOD = {  # what: files, what is trained
     "an array in a file called jsonl": ({"d.jsonl": json.dumps(ROWS).encode()}, RIGHT),
     "lines in a file called json": ({"d.json": lines(ROWS)}, RIGHT),
     "objects over many lines, one behind the other": (
-        {"d.jsonl": "\n".join(json.dumps(row, indent=1) for row in ROWS).encode()}, RIGHT
+        {"d.jsonl": "\n".join(json.dumps(row, indent=1) for row in ROWS).encode()},
+        RIGHT,
     ),
     "a single object": ({"d.json": json.dumps(ROWS[0], indent=1).encode()}, RIGHT[:1]),
     "rows in a field": ({"d.json": json.dumps({"version": "1", "data": ROWS}).encode()}, RIGHT),
@@ -194,21 +212,25 @@ GOOD = {  # what: files, what is trained
         [str(2**64 - 1), ""],
     ),
     "dates of a typed file": (
-        {"d.parquet": parquet({"instruction": ["x"], "output": pa.array([19845], pa.date32())})}, ["2024-05-02"]
+        {"d.parquet": parquet({"instruction": ["x"], "output": pa.array([19845], pa.date32())})},
+        ["2024-05-02"],
     ),
     "splits by their names": (
-        {"train.jsonl": lines(ROWS), "test.jsonl": lines(ROWS[:1]), "validation.jsonl": lines(ROWS[:2])}, RIGHT
+        {"train.jsonl": lines(ROWS), "test.jsonl": lines(ROWS[:1]), "validation.jsonl": lines(ROWS[:2])},
+        RIGHT,
     ),
     "splits by their folders": ({"train/a.csv": table(ROWS), "test/a.csv": table(ROWS[:1])}, RIGHT),
     "a repository of the Hub": (
         {
             "README.md": b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/x-*\n"
             b"  - split: test\n    path: data/y.jsonl\n---\n# x",
-            "data/x-1.jsonl": lines(ROWS), "data/y.jsonl": lines(ROWS[:1]), "extra.csv": b"a,b\n",
+            "data/x-1.jsonl": lines(ROWS),
+            "data/y.jsonl": lines(ROWS[:1]),
+            "extra.csv": b"a,b\n",
         },
         RIGHT,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", GOOD)
@@ -233,11 +255,12 @@ BAD = {  # what: files, what is said
         "d.csv line 2 has 4 fields, the header 3",
     ),
     "a broken array": (
-        {"d.json": json.dumps(ROWS, indent=1).replace('"input": "",\n  "output": "It is 4."', '"input": ""\n  "output": 4').encode()},
+        {"d.json": json.dumps(ROWS, indent=1).replace('"",\n  "output": "It is 4."', '""\n  "output": 4').encode()},
         "d.json line 29 is not JSON",
     ),
     "a field too many behind a line break in quotes": (
-        {"d.csv": b'instruction,output\n"a\nb",c\nd,e,f\n'}, "d.csv line 4 has 3 fields, the header 2"
+        {"d.csv": b'instruction,output\n"a\nb",c\nd,e,f\n'},
+        "d.csv line 4 has 3 fields, the header 2",
     ),
     "a row index without a name in the header": ({"d.csv": b"instruction,output\n0,a,b\n"}, "line 2 has 3 fields"),
     "a quote that does not close": ({"d.csv": b'instruction,output\na,b\nc,"d\ne,f\n'}, "d.csv line 3 is not CSV"),
@@ -249,7 +272,10 @@ BAD = {  # what: files, what is said
     "an array that ends early": ({"d.json": json.dumps(ROWS, indent=1).encode()[:-3]}, "d.json line 145 is not JSON"),
     "something behind an array": ({"d.json": json.dumps(ROWS).encode() + b"\n\n{}"}, "d.json line 3 is not JSON"),
     "a comma behind the last entry": ({"d.json": b'[{"instruction": "x", "output": "y"},\n]'}, "line 2 is not JSON"),
-    "text that is not UTF-8": ({"d.csv": "instruction,output\né,x\nx,ü\n".encode("latin-1")}, "d.csv line 2 is not UTF-8"),
+    "text that is not UTF-8": (
+        {"d.csv": "instruction,output\né,x\nx,ü\n".encode("latin-1")},
+        "d.csv line 2 is not UTF-8",
+    ),
     "text that is not UTF-8 in an array": ({"d.json": b'[\n{"instruction": "\xe9"}]'}, "d.json line 2 is not UTF-8"),
     "UTF-16": ({"d.csv": "instruction,output\n".encode("utf-16")}, "is text in UTF-16"),
     "half a character": ({"d.jsonl": b'{"instruction": "x", "output": "\\ud83d"}'}, "half a character"),
@@ -273,9 +299,10 @@ BAD = {  # what: files, what is said
     "nothing": ({"d.jsonl": b"\n"}, "has no rows"),
     "files of two kinds": ({"a.csv": table(ROWS), "b.jsonl": lines(ROWS)}, "a folder of files of one kind"),
     "nothing but other splits": (
-        {"test.jsonl": lines(ROWS), "dev.jsonl": lines(ROWS)}, "has files of the splits test, validation, and none of train"
+        {"test.jsonl": lines(ROWS), "dev.jsonl": lines(ROWS)},
+        "has files of the splits test, validation, and none of train",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BAD)
