@@ -3,7 +3,7 @@
 Scores are sums over rows, so that those of categories and of clients add up: see `FIELDS`.
 """
 
-import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
+import regex
 import torch
 
 from dataset import IGNORED, Partition, Rows, end_ids
@@ -19,7 +20,14 @@ from learning.training import collate
 from utils import generator
 
 ANSWERS_AT_ONCE = 16
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # written without blanks: each character counts as a word
+UNSPACED = "".join(  # written without blanks between words: each character counts as one, with its marks
+    rf"\p{{{script}}}" for script in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")
+)
+WORD = regex.compile(
+    rf"[{UNSPACED}--\p{{M}}]\p{{M}}*"
+    rf"|[\p{{L}}\p{{N}}_--[{UNSPACED}]][\p{{L}}\p{{M}}\p{{N}}_\u200c\u200d--[{UNSPACED}]]*",
+    regex.V1,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ def score(
         prompts = [prompt_of(data.rows[index]) for index in asked]
         for index, ids in zip(asked, generate(model, tokenizer, prompts, max_new_tokens), strict=True):
             answer = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-            sums[index, 3:] = answer == data.outputs[index], rouge_l(data.outputs[index], answer), 1
+            sums[index, 3:] = is_same(answer, data.outputs[index]), rouge_l(data.outputs[index], answer), 1
     finally:
         model.train(training)
     scores: Scores = defaultdict(lambda: np.zeros(len(FIELDS)))
@@ -126,11 +134,16 @@ def generate(
     return found
 
 
+def is_same(answer: str, right: str) -> bool:
+    """Whether both are the same text, however their accents are encoded (NFC or NFD)."""
+    return unicodedata.normalize("NFC", answer) == unicodedata.normalize("NFC", right)
+
+
 class Words:
-    """How ROUGE takes text apart: words in small letters, of any language."""
+    """How ROUGE takes text apart: words in small letters, of any language, with the marks of their letters."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(rf"[{CJK}]|[^\W{CJK}]+", text.lower())
+        return WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def rouge_l(right: str, answer: str) -> float:

@@ -31,9 +31,13 @@ ONE = [asked("Name a colour."), said("Red.")]
 TWO = [*ONE, asked("Another."), said("Blue.")]
 BRIEF = [SYSTEM | {"content": "Be brief."}]
 SHAPES = {  # what: a row, how it was read, the conversation
-    "Alpaca": ({"instruction": "Name a colour.", "input": "", "output": "Red."}, "Alpaca: instruction, input, output", ONE),
+    "Alpaca": (
+        {"instruction": "Name a colour.", "input": "", "output": "Red."}, "Alpaca: instruction, input, output", ONE
+    ),
     "Alpaca without input": ({"instruction": "Name a colour.", "output": "Red."}, "Alpaca: instruction, output", ONE),
-    "Alpaca with response": ({"instruction": "Name a colour.", "response": "Red."}, "Alpaca: instruction, response", ONE),
+    "Alpaca with response": (
+        {"instruction": "Name a colour.", "response": "Red."}, "Alpaca: instruction, response", ONE
+    ),
     "Alpaca with input": (
         {"instruction": "Pick one.", "input": "red, blue", "output": "red"},
         "Alpaca: instruction, input, output",
@@ -55,7 +59,9 @@ SHAPES = {  # what: a row, how it was read, the conversation
         [asked("Pick one.\n\n### Input:\nred, blue"), said("red")],
     ),
     "chat": ({"messages": [*BRIEF, *TWO]}, "chat: messages", [*BRIEF, *TWO]),
-    "chat beside its first prompt": ({"prompt": "Name a colour.", "prompt_id": "7", "messages": TWO}, "chat: messages", TWO),
+    "chat beside its first prompt": (
+        {"prompt": "Name a colour.", "prompt_id": "7", "messages": TWO}, "chat: messages", TWO
+    ),
     "ShareGPT": (
         {"conversations": [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Red."}]},
         "chat: conversations",
@@ -65,10 +71,11 @@ SHAPES = {  # what: a row, how it was read, the conversation
         {
             "system": "Be brief.",
             "conversations": [
-                {"from": "user", "value": "Name a colour.", "weight": 0.0}, {"from": "assistant", "value": "Red.", "weight": 1}
+                {"from": "user", "value": "Name a colour.", "weight": 0.0},
+                {"from": "assistant", "value": "Red.", "weight": 1},
             ],
         },
-        "chat: messages".replace("messages", "system, conversations"),
+        "chat: system, conversations",
         [*BRIEF, *ONE],
     ),
     "conversations of roles": ({"conversations": TWO}, "chat: conversations", TWO),
@@ -238,7 +245,8 @@ Say </s>, <|im_end|> or <end_of_turn>.<|eot_id|><|start_header_id|>assistant<|en
     + CHAT_ML.format("[[", "]]", "[[", "]]", ""),
     "Qwen/Qwen3-0.6B": CHAT_ML.format("", "", "", "", "<think>\n\n</think>\n\n"),  # it rewrites earlier turns
     "mistralai/Mistral-7B-Instruct-v0.3": "<s>[INST]  Name a colour.[/INST][[  Red.</s>]][INST]  Another.[/INST]"
-    "[[  Blue.</s>]][INST]  Say </s>, <|im_end|> or <end_of_turn>.[/INST][[  <|eot_id|></s><|im_end|><end_of_turn>!</s>]]",
+    "[[  Blue.</s>]][INST]  Say </s>, <|im_end|> or <end_of_turn>.[/INST]"
+    "[[  <|eot_id|></s><|im_end|><end_of_turn>!</s>]]",
     "google/gemma-3-1b-it": """<bos><start_of_turn>user
 Name a colour.<end_of_turn>
 <start_of_turn>model
@@ -251,7 +259,8 @@ Another.<end_of_turn>
 Say </s>, <|im_end|> or <end_of_turn>.<end_of_turn>
 <start_of_turn>model
 [[<|eot_id|></s><|im_end|><end_of_turn>!<end_of_turn>]]""",
-    "alpaca": """<s>Below is an instruction that describes a task. Write a response that appropriately completes the request.
+    "alpaca": """<s>Below is an instruction that describes a task. """
+    """Write a response that appropriately completes the request.
 
 ### Instruction:
 Name a colour.

@@ -123,11 +123,22 @@ def asked_in(data):
         ("Paris.", "paris", 1.0),
         ("東京都", "東京", 2 * 1 * (2 / 3) / (5 / 3)),
         ("größer", "größer", 1.0),
+        ("cafe\u0301 noir", "caf\u00e9 au lait", 2 * (1 / 2) * (1 / 3) / (5 / 6)),  # NFD and NFC
+        ("ที่นี่", "ที่นั่น", 2 * (1 / 2) * (1 / 3) / (5 / 6)),  # two syllables' letters with their marks, and three
+        ("مَرْحَبًا يا عالَم", "مَرْحَبًا", 2 * (1 / 3) / (4 / 3)),  # words with their harakat
+        ("हिन्दी में", "हिन्दी", 2 * (1 / 2) / (3 / 2)),
         ("yes", "", 0.0),
     ],
 )
 def test_rouge_l_equals_hand_counts_in_any_script(right, answer, expected):
     assert evaluation.rouge_l(right, answer) == pytest.approx(expected)
+
+
+def test_answers_are_exact_however_their_accents_are_encoded():
+    assert evaluation.is_same("Caf\u00e9", "Cafe\u0301")
+    assert evaluation.is_same("\uac00", "\u1100\u1161")  # Hangul
+    assert not evaluation.is_same("Cafe", "Caf\u00e9")
+    assert not evaluation.is_same("مرحبا", "مَرْحَبًا")
 
 
 def test_greedy_answers_stop_at_eos_and_do_not_depend_on_the_batch(exact):
