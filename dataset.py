@@ -26,7 +26,7 @@ from datasets import Dataset, DatasetDict, disable_progress_bars, load_from_disk
 from data.cells import NUMBER, TEXT, TRUTH, text_of
 from data.display import alarm
 from data.files import data_files, is_saved, kind_of
-from data.forms import NO_ANSWER, Conversation, Rows, Survey, as_message, conversations, form_of, survey
+from data.forms import NO_ANSWER, Conversation, Rows, Survey, as_message, conversations, form_of, messages_of, survey
 from data.reading import cells_of_rows, rows_of
 from data.table import Reading, Table, places, table_of
 from data.templates import (
@@ -52,7 +52,7 @@ from data.tokens import (
     save_partition,
     tokenize_rows,
 )
-from hub.data import data_builder
+from hub.data import hub_data
 from settings.schema import DatasetConfig, RunError, SettingsError, check_keywords
 from utils import generator, local_path, shortened
 
@@ -62,8 +62,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DATE_CODES", "IGNORED", "NO_ANSWER", "TEMPLATE_FOLDER", "TODAY", "Conversation", "Partition", "Rows",
     "Survey", "alarm", "as_message", "conversations", "encode_prompt", "encode_response", "encode_text", "end_ids",
-    "fault", "find_template", "fit", "kind_of", "load_partition", "local_path", "on_one_day", "own_template",
-    "read_template", "save_partition", "survey", "text_of", "tokenize_rows",
+    "fault", "find_template", "fit", "kind_of", "load_partition", "local_path", "messages_of", "on_one_day",
+    "own_template", "read_template", "save_partition", "survey", "text_of", "tokenize_rows",
 ]  # fmt: skip
 
 ROW_NUMBER = "_row_number"  # a column beside the user's own, by which partitioners say which rows are whose
@@ -112,13 +112,26 @@ def as_eval(words: str) -> str:
     return words.replace("dataset.name=", "dataset.eval_name=").replace("dataset.split=", "dataset.eval_split=")
 
 
-def read_local(cfg: DatasetConfig, path: Path) -> Table:
-    """Rows of a file, or of all files of one kind in a folder, in the order of their names."""
+def has_text(cfg: DatasetConfig, folder: Path) -> bool:
+    """Whether the rows of a repository of the Hub are in JSON or CSV files."""
+    try:
+        kind, _ = data_files(folder, cfg.split, cfg.subset, in_splits=True)
+        return kind in ("json", "csv")
+    except SettingsError:
+        return False
+
+
+def read_local(cfg: DatasetConfig, path: Path, in_splits: bool = False) -> Table:
+    """Rows of a file, or of all files of one kind in a folder, in the order of their names.
+
+    Args:
+        in_splits: every file belongs to a split, to train if nothing else is said; otherwise it may be that none does.
+    """
     name = f"dataset.name={cfg.name}"
     try:
         if path.is_dir() and is_saved(path):
             return read_saved(cfg, path)
-        kind, files = data_files(path, cfg.split, cfg.subset)
+        kind, files = data_files(path, cfg.split, cfg.subset, in_splits)
         with contextlib.closing(Reading(path.name, sum(file.stat().st_size for file in files), "B")) as progress:
             found = (place for file in files for place in places(file.name, rows_of(file, kind, cfg.split, progress)))
             return table_of(found)
@@ -154,7 +167,9 @@ def read_hub(cfg: DatasetConfig) -> Table:
         SettingsError: if there is none of that name or split for this user, or it cannot be read.
         RunError: if the network fails, and the data set is not in the cache.
     """
-    builder = data_builder(cfg.name, cfg.subset)
+    folder, builder = hub_data(cfg.name, cfg.subset, lambda folder: has_text(cfg, folder))
+    if folder and cfg.split.isidentifier():  # not a part of one, such as train[:10%]
+        return read_local(cfg, folder, in_splits=True)
     try:
         builder.download_and_prepare()
         with contextlib.suppress(OSError):

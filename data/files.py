@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,16 @@ def is_saved(folder: Path) -> bool:
     )
 
 
-def data_files(path: Path, split: str, subset: str | None) -> tuple[str, list[Path]]:
+def data_files(path: Path, split: str, subset: str | None, in_splits: bool = False) -> tuple[str, list[Path]]:
     """The kind of the files that hold the rows of `path`, and these files in the order of their names.
+
+    Args:
+        in_splits: a file whose name says nothing belongs to the split train.
 
     Raises:
         SettingsError: without the setting's name, if there are none, or several kinds.
     """
-    if path.is_file():
-        files = [path]
-    else:
-        files = listed_in_card(path, split, subset) or of_split(path, list(files_below(path)), split)
+    files = [path] if path.is_file() else listed_in_card(path, split, subset) or of_split(path, split, in_splits)
     kinds = {kind_of(file) for file in files}
     if len(kinds) != 1 or None in kinds:
         found = f" (here are {', '.join(sorted(filter(None, kinds)))})" if len(kinds) > 1 else ""
@@ -62,20 +62,21 @@ def files_below(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def of_split(folder: Path, files: Sequence[Path], split: str) -> list[Path]:
+def of_split(folder: Path, split: str, in_splits: bool) -> list[Path]:
     """The files of this split, if names of files or of their folders say of which they are; otherwise all.
 
     Raises:
         SettingsError: if they are all of other splits.
     """
-    named = {file: split_named(file.relative_to(folder)) for file in files}
-    found = {name for name in named.values() if name}
-    if not found or (len(found) == 1 and None in named.values()):
-        return list(files)
+    named = {file: split_named(file.relative_to(folder)) for file in files_below(folder)}
+    if not in_splits and len({name for name in named.values() if name}) < 2:
+        return list(named)
+    named = {file: name or "train" for file, name in named.items()}
+    found = {*filter(None, named.values())}
     chosen = [file for file, name in named.items() if name == (split if split in found else SPLITS.get(split, split))]
-    if not chosen and len(found) > 1:
-        raise SettingsError(f"has files of the splits {', '.join(sorted(found))}, and none of {split}; choose one")
-    return chosen or list(files)
+    if not chosen:
+        raise SettingsError(f"dataset.split={split}: it has files of {', '.join(sorted(found))}; choose one of them")
+    return chosen
 
 
 def split_named(path: Path) -> str | None:

@@ -1,25 +1,44 @@
 """Data sets of the Hub: downloaded once, or read from the cache where the Hub cannot be reached."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hub.access import ask, download, refused
+from hub.access import ask, cached, download, refused
 from settings.schema import RunError, SettingsError
 
 
-def data_builder(name: str, subset: str | None = None) -> Any:
-    """A `datasets` builder of the Hub's data set `name`, in the configuration `subset`, its files downloaded.
+class HubData(NamedTuple):
+    """A data set of the Hub, on this machine."""
+
+    folder: Path | None
+    """Where its files are, if they are JSON or CSV: `datasets` would guess what their cells are."""
+    builder: Any
+    """Reads the others, which say what their cells are."""
+
+
+def hub_data(name: str, subset: str | None, has_text: Callable[[Path], bool]) -> HubData:
+    """The Hub's data set `name`, in the configuration `subset`, its files downloaded.
 
     Where the Hub cannot be reached, it is what was read last on this machine.
+
+    Args:
+        has_text: whether the wanted rows are in JSON or CSV files of a folder.
 
     Raises:
         SettingsError, RunError: as `model_folder`.
     """
+    from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.json.json import Json
+
     repository = ask(name, "dataset")
     if failure := repository.failure:
+        folder = cached(name, "dataset", "main", [])
+        if folder and has_text(folder):
+            return HubData(folder, None)
         if last := last_builder(name, subset):
-            return last
+            return HubData(None, last)
         if isinstance(failure, RunError):
             raise failure
         raise SettingsError(f"dataset.name={name}: no such local file or folder, and not in the cache ({failure})")
@@ -30,8 +49,11 @@ def data_builder(name: str, subset: str | None = None) -> Any:
         if "://" not in file:  # a repository's README could name them, and so make this machine read its own files
             raise SettingsError(f"dataset.name={name}: it names a file of this machine, {file}")
         files += [file.partition(mark)[2]] if mark in file else []
-    download(repository, files)
-    return builder
+    if not isinstance(builder, Csv | Json) or not files:
+        download(repository, files)
+        return HubData(None, builder)
+    card = ["README.md"] if "README.md" in repository.sizes else []  # which says what belongs to which split
+    return HubData(download(repository, files + card), builder)
 
 
 def chosen_builder(name: str, subset: str | None, commit: str) -> Any:

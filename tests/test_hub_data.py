@@ -12,7 +12,9 @@ from tests.hub.server import LocalHub
 
 LAYOUTS = {  # overrides: how it is read
     "dataset.name=vicgalle/alpaca-gpt4": "Alpaca: instruction, input, output, 400 rows, 400 assistant turns",
-    "dataset.name=databricks/databricks-dolly-15k": "Dolly: instruction, context, response, 300 rows, 300 assistant turns",
+    "dataset.name=databricks/databricks-dolly-15k": (
+        "Dolly: instruction, context, response, 300 rows, 300 assistant turns"
+    ),
     "dataset.name=Open-Orca/SlimOrca": "chat: conversations, 300 rows, 300 assistant turns",
     "dataset.name=HuggingFaceH4/ultrachat_200k dataset.split=train_sft": (
         "chat: messages, 120 rows, 240 assistant turns"

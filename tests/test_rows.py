@@ -300,7 +300,7 @@ BAD = {  # what: files, what is said
     "files of two kinds": ({"a.csv": table(ROWS), "b.jsonl": lines(ROWS)}, "a folder of files of one kind"),
     "nothing but other splits": (
         {"test.jsonl": lines(ROWS), "dev.jsonl": lines(ROWS)},
-        "has files of the splits test, validation, and none of train",
+        "dataset.split=train: it has files of test, validation; choose one of them",
     ),
 }
 
