@@ -376,6 +376,7 @@ def main() -> int:
     send_nothing_home()
     leave_unusable_home()
     quiet_transformers()
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  of a terminal that cannot show everything
     try:
         show(parse(sys.argv[1:]))
     except (SettingsError, RunError) as error:

@@ -70,7 +70,7 @@ def as_json(tokenizer: PreTrainedTokenizerBase, number: int, row: Conversation, 
     }
     line |= {"tools": row.tools} if row.tools else {}
     line |= {"left_out": made} if isinstance(made, str) else {}
-    return json.dumps(line, ensure_ascii=False)
+    return json.dumps(line)  # in ASCII: some take other characters than the line feed for ends of lines
 
 
 def show_row(

@@ -53,7 +53,8 @@ def rows_of(file: Path, kind: str, split: str, progress: Callable[[int], None]) 
                 yield from read_arrow(opened)
             else:
                 stream = unpacked(watched)
-                yield from read_json(stream, split) if kind == "json" else read_csv(stream)
+                delimiters = DELIMITERS if ".tsv" not in file.name.lower() else "\t" + DELIMITERS
+                yield from read_json(stream, split) if kind == "json" else read_csv(stream, delimiters)
     except Unreadable as error:
         raise Unreadable(f"{file.name} {error}" if file.name not in str(error) else str(error)) from error
     except (OSError, EOFError, ValueError, RecursionError, pa.ArrowException) as error:
@@ -250,8 +251,11 @@ class Blocks:
 # --- CSV ------------------------------------------------------------------------------------------
 
 
-def read_csv(stream: Iterable[bytes]) -> Iterator[tuple[int, Row]]:
+def read_csv(stream: Iterable[bytes], delimiters: str) -> Iterator[tuple[int, Row]]:
     """Rows of text. A column without a name, such as the index that pandas writes, is nobody's.
+
+    Args:
+        delimiters: the one that makes most fields of the header is taken, the first of several.
 
     Raises:
         Unreadable: if a row has more fields than the header, or quotes do not close.
@@ -262,7 +266,7 @@ def read_csv(stream: Iterable[bytes]) -> Iterator[tuple[int, Row]]:
     if directive := re.fullmatch(r"sep=(.)\r?\n", start):  # as Excel writes it
         start, delimiter = next(lines, ""), directive[1]
     else:
-        delimiter = max(DELIMITERS, key=lambda mark: len(next(csv.reader([start], delimiter=mark), [])))
+        delimiter = max(delimiters, key=lambda mark: len(next(csv.reader([start], delimiter=mark), [])))
     reader, number = csv.reader(itertools.chain([start], lines), delimiter=delimiter, strict=True), lines.number
     try:
         header = names_of(next(reader, []), number)

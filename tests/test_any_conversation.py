@@ -67,7 +67,7 @@ def row_of(shape: str, system: str, pairs) -> tuple[dict, list[dict]]:
         return {"conversations": sharegpt, "id": 7}, turns
     if shape == "prompt":
         return {"prompt": asked, "completion": said}, chat("", [(asked, said)])
-    if shape == "prompt of messages":
+    if shape == "prompt of messages":  # not in CSV, where lists are text
         whole = chat(system, some)
         return {"prompt": whole[:-1], "completion": whole[-1:]}, whole
     return {"text": said}, [{"role": "text", "content": said}]
@@ -106,6 +106,7 @@ def test_any_conversation_comes_back_as_it_was_written(count, tmp_path):
     @examples(count)
     @given(st.sampled_from(SHAPES), st.sampled_from(KINDS), st.lists(st.tuples(TEXTS, PAIRS), min_size=1, max_size=3))
     def holds(shape, kind, drawn):
+        kind = "jsonl" if shape == "prompt of messages" and kind in ("csv", "tsv") else kind
         made = [row_of(shape, system, pairs) for system, pairs in drawn]
         file = tmp_path / f"{next(numbers)}.{kind}"
         file.write_bytes(written([row for row, _ in made], kind))

@@ -164,6 +164,7 @@ GOOD = {  # what: files, what is trained
     "sub-folders": ({"a/b/1.jsonl": lines(ROWS[:12]), "a/c/2.jsonl": lines(ROWS[12:])}, RIGHT),
     "semicolons": ({"d.csv": table(ROWS, ";")}, RIGHT),
     "tabs": ({"d.tsv": table(ROWS, "\t")}, RIGHT),
+    "a single column with commas in a file called tsv": ({"d.tsv": b"text\na, b; c\n"}, ["a, b; c"]),
     "tabs in a file called csv": ({"d.csv": table(ROWS, "\t")}, RIGHT),
     "Excel's line about the delimiter": ({"d.csv": b"sep=;\r\n" + table(ROWS, ";")}, RIGHT),
     "the index that pandas writes": ({"d.csv": table(INDEXED)}, RIGHT),
