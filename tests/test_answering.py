@@ -236,7 +236,22 @@ def test_questions_are_read_as_editors_write_them(content, tmp_path):
     assert answering.read_questions(tmp_path / "q.jsonl") == asked
 
 
+def test_questions_may_be_conversations_of_which_the_last_turn_is_asked(answerer, tmp_path):
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+    turns.append({"role": "user", "content": "And now?"})
+    sharegpt = [{"from": {"user": "human", "assistant": "gpt"}[t["role"]], "value": t["content"]} for t in turns]
+    answered = {"from": "gpt", "value": "the right answer"}
+    lines = [{"messages": turns}, {"conversations": [*sharegpt, answered]}, {"prompt": "And now?"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = answering.read_questions(tmp_path / "q.jsonl")
+    assert asked == [{"messages": turns}, {"messages": turns}, {"instruction": "And now?", "input": ""}]
+    text = answerer.tokenizer.decode(answerer.prompt(asked[0]["messages"]))
+    assert text.endswith("Hi.</s>### Instruction:\nAnd now?\n\n### Response:\n")
+
+
 NO_QUESTIONS = {
+    b'{"messages": []}': "line 1 cannot be asked (its messages ask nothing)",
+    b'{"messages": [{"role": "x", "content": "y"}]}': "line 1 cannot be asked",
     b"": "holds no question",
     b"\xef\xbb\xbf\r\n \n": "holds no question",
     b'\n\n{"question": 7}\n': 'line 3 has no text in "question"',
