@@ -21,17 +21,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import Dataset
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 import model as adapters
 from dataset import (
     Partition,
+    Rows,
     fresh_rows,
     load_eval_rows,
     load_partition,
     load_rows,
+    partition_of,
     partition_rows,
     read_template,
     save_partition,
@@ -79,11 +80,11 @@ class Worker:
         return read_template(self.config.dataset, self.tokenizer)
 
     @functools.cached_property
-    def rows(self) -> Dataset:
+    def rows(self) -> Rows:
         return load_rows(self.config.dataset)
 
     @functools.cached_property
-    def eval_rows(self) -> Dataset:
+    def eval_rows(self) -> Rows:
         return load_eval_rows(self.config.dataset)
 
     @functools.cached_property
@@ -102,11 +103,11 @@ class Worker:
         if self.config.dataset.eval_name:
             self.eval_rows  # noqa: B018
 
-    def raw_rows(self, partition_id: int) -> Dataset:
+    def raw_rows(self, partition_id: int) -> Rows:
         """A client's rows before tokenization: its partition, or all there are if they are its own."""
         if partition_id == GLOBAL_SET:
             return self.eval_rows
-        return self.rows if self.own_rows else self.partitioner.load_partition(partition_id)
+        return self.rows if self.own_rows else partition_of(self.rows, self.partitioner, partition_id)
 
     @functools.cached_property
     def trainer(self) -> Any:
@@ -156,8 +157,8 @@ class Worker:
             file = self.cache_folder / f"partition_{partition_id}.safetensors" if self.cache_folder else None
             kept = load_partition(file) if file else None
             if kept is None:
-                rows = self.raw_rows(partition_id)
-                kept = tokenize_rows(rows, self.tokenizer, self.template, self.config.train.seq_length)
+                rows, limit = self.raw_rows(partition_id), self.config.train.seq_length
+                kept = tokenize_rows(rows, self.tokenizer, self.template, limit, self.config.dataset.train_on)
                 self.counts["tokenizations"] += partition_id != GLOBAL_SET
                 if file:
                     save_partition(kept, file)
@@ -166,8 +167,8 @@ class Worker:
         if not len(partition):
             whose = "dataset.eval_name" if partition_id == GLOBAL_SET else f"client {partition_id}"
             raise ValueError(
-                f"{whose}: none of its {partition.counts['rows']} rows has a response "
-                "(column output); look at the data, or at dataset.partitioner"
+                f"{whose}: none of its {partition.counts['rows']} rows has a response that can be trained "
+                f"({'; '.join(partition.reasons)}); look at the data, or at dataset.partitioner"
             )
         return partition
 
@@ -217,6 +218,7 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
         "tokens": sum(len(row["input_ids"]) for row in batches),
         "padded_tokens": padded_tokens(batches, trainer.args.per_device_train_batch_size),
         "without_response": partition.counts["without_response"],
+        "refused": partition.counts.get("refused", 0),
         "cut": partition.counts["cut"],
         **peak(trainer.model.device),
         **worker.take_counts(),

@@ -1,72 +1,90 @@
-"""Private data: load, partition, prompt template, tokens and loss mask.
+"""python dataset.py dataset.name=FILE [KEY=VALUE ...] [--rows 3] [--json]: see rows as they are trained.
 
-A row becomes `prompt + response`; only the response and the end-of-sequence token carry loss. Prompt
-and response are tokenized apart, so the boundary is exact for every tokenizer and a row's own text can
-never be taken for a marker or a special token.
+Private data, from any file to a client's tokens: rows are read as they stand (data/reading.py), become conversations
+(data/forms.py), are divided between clients, and become tokens of which the answers alone carry loss (data/tokens.py).
+This is the front: what the rest of the suite needs of it is named here.
 """
 
+import argparse
 import contextlib
-import csv
-import functools
+import hashlib
 import inspect
+import itertools
 import json
-import logging
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import date
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Value, disable_progress_bars, load_dataset
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, disable_progress_bars, load_from_disk
 
-from hub.data import data_builder
-from settings.schema import CONFIG_FOLDER, DatasetConfig, SettingsError, check_keywords
-from utils import generator, local_path, shipped_path, shortened
+from data.cells import NUMBER, TEXT, TRUTH, text_of
+from data.display import alarm
+from data.files import data_files, is_saved, kind_of
+from data.forms import NO_ANSWER, Conversation, Rows, Survey, as_message, conversations, form_of, messages_of, survey
+from data.reading import cells_of_rows, rows_of
+from data.table import Reading, Table, places, table_of
+from data.templates import (
+    DATE_CODES,
+    TEMPLATE_FOLDER,
+    TODAY,
+    encode_text,
+    end_ids,
+    find_template,
+    on_one_day,
+    own_template,
+    read_template,
+)
+from data.tokens import (
+    IGNORED,
+    Partition,
+    encode_prompt,
+    encode_response,
+    encoded,
+    fault,
+    fit,
+    load_partition,
+    save_partition,
+    tokenize_rows,
+)
+from hub.data import hub_data
+from settings.schema import DatasetConfig, RunError, SettingsError, check_keywords
+from utils import generator, local_path, shortened
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-log = logging.getLogger(__name__)
+__all__ = [
+    "DATE_CODES", "IGNORED", "NO_ANSWER", "TEMPLATE_FOLDER", "TODAY", "Conversation", "Partition", "Rows",
+    "Survey", "alarm", "as_message", "conversations", "encode_prompt", "encode_response", "encode_text", "end_ids",
+    "fault", "find_template", "fit", "kind_of", "load_partition", "local_path", "messages_of", "on_one_day",
+    "own_template", "read_template", "save_partition", "survey", "text_of", "tokenize_rows",
+]  # fmt: skip
 
-COLUMNS = ("instruction", "input", "output")
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-TEMPLATE_FOLDER = CONFIG_FOLDER / "template"
-IGNORED = -100  # the label that carries no loss
-DAY = "{%- macro strftime_now(format) %}{{ FORMAT }}{% endmacro %}"  # in front of a template, stands for the real one
-DATE_CODES = ("-d", "-H", "-I", "-m", "-M", "-S", *"aAbBcdDeFhHIjmMpSTuxXyY")  # of strftime
-TODAY = date(2024, 7, 26)  # for templates that write the date: each day of a run and its resume has the same tokens
-
-
-# --- load and partition ---------------------------------------------------------------------------
+ROW_NUMBER = "_row_number"  # a column beside the user's own, by which partitioners say which rows are whose
 
 
-def load_rows(cfg: DatasetConfig) -> Dataset:
-    """All rows of `dataset.name`, with the columns instruction, input and output.
+# --- load -----------------------------------------------------------------------------------------
+
+
+def load_rows(cfg: DatasetConfig) -> Rows:
+    """All rows of `dataset.name`.
 
     Raises:
-        SettingsError: if there is no such data set, it cannot be read, or lacks a column.
+        SettingsError: if there is no such data set, it cannot be read, or its columns make no rows.
     """
     disable_progress_bars()
-    path = local_rows(cfg.name)
-    rows = read_local(cfg, path) if path else read_hub(cfg)
-    missing = [column for column in COLUMNS if column not in rows.column_names]
-    if missing:
-        raise SettingsError(
-            f"dataset.name={cfg.name}: has no column {', '.join(missing)} (it has {', '.join(rows.column_names)}); "
-            f"Alpaca columns are needed: {', '.join(COLUMNS)}"
-        )
-    if not len(rows):
-        raise SettingsError(f"dataset.name={cfg.name}: has no rows")
-    check_column_types(rows, cfg.name)
-    return rows
+    name, path = f"dataset.name={cfg.name}", local_rows(cfg.name)
+    table = read_local(cfg, path) if path else read_hub(cfg)
+    if not table.columns.num_rows:
+        raise SettingsError(f"{name}: has no rows")
+    form = form_of(table, cfg.columns, name)
+    return Rows(name, Dataset(table.columns, fingerprint="rows"), form, table.kinds)
 
 
 def local_rows(name: str, key: str = "dataset.name") -> Path | None:
@@ -76,71 +94,82 @@ def local_rows(name: str, key: str = "dataset.name") -> Path | None:
         SettingsError: if it can be no Hub id, and is not there.
     """
     path = local_path(name)
-    if path is None and (Path(name).suffix in READERS or name.startswith(("/", ".", "~"))):
+    if path is None and (kind_of(Path(name)) or name.startswith(("/", ".", "~"))):
         raise SettingsError(f"{key}={name}: there is no such file or folder")
     return path
 
 
-def load_eval_rows(cfg: DatasetConfig) -> Dataset:
+def load_eval_rows(cfg: DatasetConfig) -> Rows:
     """All rows of `dataset.eval_name`, as `load_rows` has them."""
     try:
-        return load_rows(replace(cfg, name=str(cfg.eval_name), split=cfg.eval_split))
-    except SettingsError as error:
-        words = str(error).replace("dataset.name=", "dataset.eval_name=")
-        raise SettingsError(words.replace("dataset.split=", "dataset.eval_split=")) from error
+        rows = load_rows(replace(cfg, name=str(cfg.eval_name), split=cfg.eval_split))
+    except (SettingsError, RunError) as error:
+        raise type(error)(as_eval(str(error))) from error
+    return replace(rows, name=as_eval(rows.name))
 
 
-def read_local(cfg: DatasetConfig, path: Path) -> Dataset:
-    """Rows of a file, or of all files of one kind in a folder, in the order of their names."""
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in READERS)
-    kinds = {READERS.get(file.suffix) for file in files}
-    if len(kinds) != 1 or None in kinds:
-        raise SettingsError(
-            f"dataset.name={cfg.name}: use a file, or a folder of files of one kind, out of {', '.join(READERS)}"
-        )
-    kind = str(kinds.pop())
+def as_eval(words: str) -> str:
+    return words.replace("dataset.name=", "dataset.eval_name=").replace("dataset.split=", "dataset.eval_split=")
+
+
+def has_text(cfg: DatasetConfig, folder: Path) -> bool:
+    """Whether the rows of a repository of the Hub are in JSON or CSV files."""
     try:
-        options = csv_options(files[0]) if kind == "csv" else {}
-        rows = load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
-        rows.data.table.validate(full=True)  # JSON's reader takes text that is not UTF-8
-        return rows
-    except Exception as error:  # the readers raise what their parsers raise
-        raise SettingsError(f"dataset.name={cfg.name}: {explain_unreadable(files, kind, error)}") from error
+        kind, _ = data_files(folder, cfg.split, cfg.subset, in_splits=True)
+        return kind in ("json", "csv")
+    except SettingsError:
+        return False
 
 
-def csv_options(path: Path) -> dict[str, Any]:
-    """Read every column as text, as it stands: 007 stays 007 and NA stays NA."""
-    with path.open(newline="", encoding="utf-8") as file:
-        header = next(csv.reader(file), [])
-    return {"keep_default_na": False, "features": Features({name: Value("string") for name in header})}
+def read_local(cfg: DatasetConfig, path: Path, in_splits: bool = False) -> Table:
+    """Rows of a file, or of all files of one kind in a folder, in the order of their names.
+
+    Args:
+        in_splits: every file belongs to a split, to train if nothing else is said; otherwise it may be that none does.
+    """
+    name = f"dataset.name={cfg.name}"
+    try:
+        if path.is_dir() and is_saved(path):
+            return read_saved(cfg, path)
+        kind, files = data_files(path, cfg.split, cfg.subset, in_splits)
+        with contextlib.closing(Reading(path.name, sum(file.stat().st_size for file in files), "B")) as progress:
+            found = (place for file in files for place in places(file.name, rows_of(file, kind, cfg.split, progress)))
+            return table_of(found)
+    except SettingsError as error:
+        raise SettingsError(f"{name}: {error}") from error
+    except OSError as error:
+        raise SettingsError(f"{name}: cannot be read ({error.strerror or error})") from error
 
 
-def explain_unreadable(files: Sequence[Path], kind: str, error: Exception) -> str:
-    """Where a file is broken: the line for JSONL, the parser's words otherwise."""
-    for file in files if kind == "json" else []:
-        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-            try:
-                row = json.loads(line.decode() or "{}")
-            except UnicodeDecodeError:
-                return f"{file.name} line {number} is not UTF-8 text"
-            except ValueError as problem:
-                return f"{file.name} line {number} is not JSON ({problem})"
-            if not isinstance(row, dict):
-                return f"{file.name} line {number} is not an object with the fields {', '.join(COLUMNS)}"
-    if not any(file.stat().st_size for file in files):
-        return "is empty"
-    cause = error.__cause__ or error
-    return f"cannot be read ({shortened(cause, 300)})"
+def read_saved(cfg: DatasetConfig, path: Path) -> Table:
+    """Rows of a folder that `datasets.save_to_disk` wrote."""
+    try:
+        saved = load_from_disk(str(path))
+    except Exception as error:  # it raises what its parsers raise
+        raise SettingsError(f"cannot be read ({shortened(error, 300)})") from error
+    if isinstance(saved, DatasetDict):
+        if cfg.split not in saved:
+            raise SettingsError(f"dataset.split={cfg.split}: it has {', '.join(saved)}")
+        saved = saved[cfg.split]
+    return typed_table(cfg, saved)
 
 
-def read_hub(cfg: DatasetConfig) -> Dataset:
+def typed_table(cfg: DatasetConfig, rows: Dataset) -> Table:
+    """The rows of a library's typed data set as text."""
+    with contextlib.closing(Reading(cfg.name, len(rows), "rows")) as progress:
+        return table_of(places(cfg.name, cells_of_rows(rows, progress)))
+
+
+def read_hub(cfg: DatasetConfig) -> Table:
     """Rows of a Hub data set.
 
     Raises:
         SettingsError: if there is none of that name or split for this user, or it cannot be read.
         RunError: if the network fails, and the data set is not in the cache.
     """
-    builder = data_builder(cfg.name)
+    folder, builder = hub_data(cfg.name, cfg.subset, lambda folder: has_text(cfg, folder))
+    if folder and cfg.split.isidentifier():  # not a part of one, such as train[:10%]
+        return read_local(cfg, folder, in_splits=True)
     try:
         builder.download_and_prepare()
         with contextlib.suppress(OSError):
@@ -154,24 +183,17 @@ def read_hub(cfg: DatasetConfig) -> Dataset:
         raise SettingsError(f"dataset.split={cfg.split}: {cfg.name} has {', '.join(builder.info.splits)}") from error
     if isinstance(rows, DatasetDict) or not isinstance(rows, Dataset):
         raise SettingsError(f"dataset.split={cfg.split}: name one split")
-    return rows
+    return typed_table(cfg, rows)
 
 
-def check_column_types(rows: Dataset, name: str) -> None:
-    """Raise SettingsError if an Alpaca column holds anything but text, numbers, booleans and nothing."""
-    for column in COLUMNS:
-        kind = getattr(rows.features[column], "dtype", "list")
-        if not isinstance(kind, str) or not kind.startswith(
-            ("string", "large_string", "int", "uint", "float", "bool", "null")
-        ):
-            raise SettingsError(f"dataset.name={name}: column {column} holds {kind}; text is needed")
+# --- partition ------------------------------------------------------------------------------------
 
 
-def partition_rows(rows: Dataset, cfg: DatasetConfig, num_partitions: int, seed: int) -> "Partitioner":
+def partition_rows(rows: Rows, cfg: DatasetConfig, num_partitions: int, seed: int) -> "Partitioner":
     """A Flower Datasets partitioner over `rows`, with `num_partitions` and `seed` where it takes them.
 
     Raises:
-        SettingsError: if the class, an argument or the number of partitions does not fit.
+        SettingsError: if the class, an argument, a column or the number of partitions does not fit.
     """
     chosen = partitioner_class(cfg)
     arguments = {name: value for name, value in cfg.partitioner.items() if name != "_target_"}
@@ -182,9 +204,10 @@ def partition_rows(rows: Dataset, cfg: DatasetConfig, num_partitions: int, seed:
         arguments.setdefault("seed", seed)
     if num_partitions > len(rows):
         raise SettingsError(f"num_clients={num_partitions}: more clients than the {len(rows)} rows of {cfg.name}")
+    numbered = with_values(rows, arguments.get("partition_by") or [])
     try:
         partitioner: Partitioner = chosen(**arguments)
-        partitioner.dataset = rows
+        partitioner.dataset = numbered
         count = partitioner.num_partitions
     except Exception as error:  # partitioners raise what their arithmetic raises
         raise SettingsError(f"dataset.partitioner={chosen.__name__}: {shortened(error, 300)}") from error
@@ -193,6 +216,47 @@ def partition_rows(rows: Dataset, cfg: DatasetConfig, num_partitions: int, seed:
             f"num_clients={num_partitions}: {chosen.__name__} makes {count} partitions; set num_clients={count}"
         )
     return partitioner
+
+
+def partition_of(rows: Rows, partitioner: "Partitioner", partition_id: int) -> Rows:
+    """The rows of one client."""
+    return rows.select(partitioner.load_partition(partition_id)[ROW_NUMBER][:])
+
+
+def with_values(rows: Rows, partition_by: str | Sequence[str]) -> Dataset:
+    """The user's columns with their row numbers, and with numbers as such where rows are partitioned by them.
+
+    Raises:
+        SettingsError: if a column that rows are partitioned by is not there, has gaps, or holds lists.
+    """
+    table: pa.Table = rows.table.data.table
+    for name in [partition_by] if isinstance(partition_by, str) else partition_by:
+        key = f"dataset.partitioner.partition_by={name}"
+        if name not in table.column_names:
+            raise SettingsError(f"{key}: {rows.name.partition('=')[2]} has {', '.join(table.column_names)}")
+        held = rows.kinds.get(name, {})
+        if lists := [kind for kind in held if kind not in (TEXT, NUMBER, TRUTH)]:
+            raise SettingsError(
+                f"{key}: the column holds {lists[0]} ({held[lists[0]]}); partition by one of text or numbers"
+            )
+        column = table.column(name)
+        if column.null_count:
+            raise SettingsError(
+                f"{key}: {column.null_count:,} of {len(rows):,} rows have none; fill it in, take these rows out, or "
+                "use a partitioner that needs no column (dataset/partitioner=iid)"
+            )
+        if held.keys() == {NUMBER}:
+            with contextlib.suppress(pa.ArrowInvalid):
+                table = table.set_column(table.column_names.index(name), name, as_numbers(column))
+    table = table.append_column(ROW_NUMBER, pa.array(np.arange(len(rows))))
+    return Dataset(table, fingerprint="numbered")
+
+
+def as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return column.cast(pa.float64())
 
 
 def partitioner_class(cfg: DatasetConfig) -> "type[Partitioner]":
@@ -208,240 +272,6 @@ def partitioner_class(cfg: DatasetConfig) -> "type[Partitioner]":
         raise SettingsError(f"dataset.partitioner._target_={target}: not a flwr_datasets partitioner")
     check_keywords("dataset.partitioner", cfg.partitioner, chosen, {"num_partitions": "set num_clients"})
     return chosen
-
-
-# --- prompt, tokens and loss mask -----------------------------------------------------------------
-
-
-def read_template(cfg: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja chat template that `dataset.template` names.
-
-    Raises:
-        SettingsError: if there is none of that name.
-    """
-    if cfg.template == "tokenizer":
-        own = own_template(tokenizer)
-        if own is None:
-            raise SettingsError("dataset.template=tokenizer: this model's tokenizer has no chat template; use alpaca")
-        return own
-    try:
-        return on_one_day(find_template(cfg.template).read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"dataset.template={cfg.template}: not a text file") from error
-
-
-def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The tokenizer's chat template, of several the one called `default`; None if it has none.
-
-    Raises:
-        SettingsError: if none of several is called so.
-    """
-    named = tokenizer.chat_template
-    if not isinstance(named, dict):
-        return named and on_one_day(named)
-    if "default" not in named:
-        raise SettingsError(
-            f"dataset.template=tokenizer: this model has the chat templates {', '.join(sorted(named))} and none "
-            "of them is called default; save the one you want as a Jinja file and give its path"
-        )
-    return on_one_day(str(named["default"]))
-
-
-def on_one_day(template: str) -> str:
-    """`template`, if it writes today's date, with TODAY in its place: also for whoever loads it with the adapter."""
-    if "strftime_now" not in template or template.startswith(DAY[:20]):
-        return template
-    written = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in DATE_CODES)
-    return DAY.replace("FORMAT", f"format{written}") + "\n" + template  # the line break is trimmed, as behind any block
-
-
-def find_template(name: str) -> Path:
-    """The file of a template of conf/template, or of the user's own."""
-    path = shipped_path(f"conf/template/{name}.jinja") or local_path(name)
-    if path is None or not path.is_file():
-        known = ", ".join(sorted(file.stem for file in TEMPLATE_FOLDER.glob("*.jinja")))
-        raise SettingsError(f"dataset.template={name}: use {known}, tokenizer, or the path of a Jinja file")
-    return path
-
-
-def as_message(row: Mapping[str, Any]) -> dict[str, str]:
-    """The user's turn of an Alpaca row. `content` holds instruction and input, whatever the template."""
-    instruction, given = text_of(row["instruction"]), text_of(row.get("input"))
-    content = f"{instruction}\n\n### Input:\n{given}" if given.strip() else instruction
-    return {"role": "user", "content": content, "input": given.strip()}
-
-
-def text_of(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Mapping[str, str]]
-) -> list[int]:
-    """Token ids of a conversation up to where the response starts: the same in training and in generation."""
-    return encode_text(tokenizer, render(tokenizer, template, messages, for_response=True))
-
-
-def encode_response(
-    tokenizer: PreTrainedTokenizerBase, template: str, message: Mapping[str, str], response: str
-) -> list[int]:
-    """Token ids of the response, up to and including the first that ends an answer; EOS if the template writes none.
-
-    Raises:
-        SettingsError: if the template does not write the response behind the prompt.
-    """
-    prompt = render(tokenizer, template, [message], for_response=True)
-    whole = render(tokenizer, template, [message, {"role": "assistant", "content": response}], for_response=False)
-    if not whole.startswith(prompt):
-        raise SettingsError("dataset.template: with a response it does not start as without one; use another template")
-    ids = encode_text(tokenizer, whole[len(prompt) :], lead_of(tokenizer, prompt))
-    ends = end_ids(tokenizer)
-    end = next((position for position, token in enumerate(ids) if token in ends), None)
-    return [*ids, tokenizer.eos_token_id] if end is None else ids[: end + 1]  # what a template writes behind it is cut
-
-
-@functools.lru_cache(maxsize=4)
-def end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: the tokenizer's EOS, and those that the model's own files name beside it."""
-    ends: set[int] = {tokenizer.eos_token_id}
-    for file in ("generation_config.json", "config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            named = json.loads((Path(tokenizer.name_or_path) / file).read_text(encoding="utf-8")).get("eos_token_id")
-            ends |= {named} if isinstance(named, int) else set(named or [])
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(end for end in ends if end in special or end == tokenizer.eos_token_id)
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Mapping[str, str]], *, for_response: bool
-) -> str:
-    """The template's text, in which special tokens that were spelled out by a user are marked as such."""
-    safe = mark_control_tokens([dict(turn) for turn in messages], special_tokens(tokenizer))
-    return str(
-        tokenizer.apply_chat_template(safe, chat_template=template, tokenize=False, add_generation_prompt=for_response)
-    )
-
-
-@functools.lru_cache(maxsize=4)
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """How the tokenizer's special tokens are spelled; those in no named role, such as <|start_header_id|>, included."""
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    longest_first = sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-def lead_of(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """What the tokens of a response depend on: the special token that a prompt ends with, or just that there is text.
-
-    A SentencePiece tokenizer puts a blank before whatever it is given, and some before what follows a special token.
-    """
-    last = max(special_tokens(tokenizer).finditer(prompt), key=lambda found: found.start(), default=None)
-    return "\n" if last is None or prompt[last.end() :].strip() else prompt[last.start() :]
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, lead: str = "") -> list[int]:
-    """Token ids of rendered text: the template's special tokens are special, marked ones are plain text.
-
-    Args:
-        lead: what stands before the text, and is not returned; where its tokens run into the text's, the text stands
-            alone.
-    """
-    try:
-        before, ids = (encode_marked_chat(tokenizer, part) if part else [] for part in (lead, lead + text))
-        return ids[len(before) :] if ids[: len(before)] == before else encode_marked_chat(tokenizer, text)
-    except ValueError as error:
-        raise SettingsError(f"a row cannot become tokens: {shortened(error, 200)}; remove that text") from error
-
-
-def fit(prompt: list[int], response: list[int], limit: int) -> tuple[list[int], list[int]]:
-    """Cut a row to `limit` tokens so that response is left: at least a quarter of `limit`, if it has as many.
-
-    The prompt loses its middle, so that the task's start and the response marker stay. The response
-    loses its end, with the end-of-sequence token: a cut answer must not teach to stop there.
-    """
-    kept = max(limit - len(prompt), min(len(response), limit // 4))
-    response = response[:kept]
-    room = limit - len(response)
-    if len(prompt) > room:
-        tail = room // 2
-        prompt = prompt[: room - tail] + prompt[len(prompt) - tail :]
-    return prompt, response
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A client's tokenized rows, and what was left out.
-
-    ids: all rows one behind the other, int32. starts: where each row begins, and the end; rows + 1
-    entries. prompts: tokens of each row's prompt. sources: number of each row before any were left out.
-    counts: rows, without_response, cut.
-    """
-
-    ids: np.ndarray
-    starts: np.ndarray
-    prompts: np.ndarray
-    sources: np.ndarray
-    counts: dict[str, int]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def row(self, index: int) -> dict[str, list[int]]:
-        """One row as `input_ids` and `labels`, the prompt masked."""
-        ids = self.ids[self.starts[index] : self.starts[index + 1]].tolist()
-        prompt = int(self.prompts[index])
-        return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
-
-
-def tokenize_rows(
-    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str, limit: int
-) -> Partition:
-    """Tokenize `rows`. Rows without a response are left out and counted, rows over `limit` tokens are cut."""
-    encoded: list[tuple[list[int], list[int]]] = []
-    sources: list[int] = []
-    counts = {"rows": 0, "without_response": 0, "cut": 0}
-    for row in rows:
-        counts["rows"] += 1
-        response = text_of(row["output"])
-        if not response.strip():
-            counts["without_response"] += 1
-            continue
-        message = as_message(row)
-        whole = encode_prompt(tokenizer, template, [message]), encode_response(tokenizer, template, message, response)
-        encoded.append(fit(*whole, limit))
-        sources.append(counts["rows"] - 1)
-        counts["cut"] += encoded[-1] != whole
-    lengths = [len(prompt) + len(response) for prompt, response in encoded]
-    return Partition(
-        ids=np.array([token for pair in encoded for part in pair for token in part], np.int32),
-        starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        prompts=np.array([len(prompt) for prompt, _ in encoded], np.int32),
-        sources=np.array(sources, np.int32),
-        counts=counts,
-    )
-
-
-def save_partition(partition: Partition, path: Path) -> None:
-    """Keep a tokenized partition for the run's other workers, if there is room. Safe when two write the same one."""
-    beside = path.with_suffix(f".{os.getpid()}")
-    arrays = {key: value for key, value in vars(partition).items() if isinstance(value, np.ndarray)}
-    try:
-        path.parent.mkdir(exist_ok=True)
-        save_file(arrays, beside, metadata={key: str(count) for key, count in partition.counts.items()})
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        log.warning("%s: the other workers must tokenize it again (%s)", path.name, error)
-        beside.unlink(missing_ok=True)
-
-
-def load_partition(path: Path) -> Partition | None:
-    """What `save_partition` kept; None if it is not there, or damaged."""
-    try:
-        with safe_open(path, framework="np") as file:
-            counts = {key: int(count) for key, count in file.metadata().items()}
-        return Partition(counts=counts, **load_file(path))
-    except (OSError, SafetensorError):
-        return None
 
 
 # --- which rows, and in which order ---------------------------------------------------------------
@@ -469,3 +299,95 @@ def fresh_rows(rows: np.ndarray, first: int, count: int, seed: int, partition_id
         for number in range(first // len(rows), (first + count - 1) // len(rows) + 1)
     }
     return np.array([passes[position // len(rows)][position % len(rows)] for position in range(first, first + count)])
+
+
+# --- fingerprints ---------------------------------------------------------------------------------
+
+
+def data_facts(rows: Rows) -> dict[str, Any]:
+    """A fingerprint of rows: their number, and a digest of what up to 1,000 of them hold."""
+    sample = rows.table.select(range(0, len(rows), max(1, len(rows) // 1000)))
+    columns = rows.form.columns
+    keys = ["instruction", "input", "output"] if rows.form.shape == "Alpaca" else []
+    keys += [key for key in columns if key not in keys]
+    held = [[row[columns[key]] if key in columns else None for key in keys] for row in sample]
+    return {"rows": len(rows), "sha256_of_sample": hashlib.sha256(json.dumps(held).encode()).hexdigest()}
+
+
+def shared_rows(rows: Rows, held_out: Rows) -> list[int]:
+    """Numbers of the held-out rows that are among `rows` too, word for word, whatever the form of either."""
+    measured = [said_in(row) for row in held_out]
+    wanted = set(measured)
+    trained_on = wanted & {said for said in map(said_in, rows) if said in wanted}
+    return [number for number, said in enumerate(measured) if said in trained_on]
+
+
+def said_in(row: Conversation) -> str:
+    return json.dumps([[turn["role"], turn["content"]] for turn in row.turns])
+
+
+# --- python dataset.py ----------------------------------------------------------------------------
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print rows as they are trained, and the counts of all of them; or a JSON object for each."""
+    from data import display
+    from settings.compose import compose
+
+    config = compose(options.overrides)
+    rows, tokenizer = load_rows(config.dataset), tokenizer_for(config, options.overrides)
+    template, limit = read_template(config.dataset, tokenizer), config.train.seq_length
+    made = ((row, encoded(tokenizer, template, row, limit, config.dataset.train_on)) for row in rows)
+    if options.json:
+        for number, (row, result) in enumerate(itertools.islice(made, options.rows), start=1):
+            print(display.as_json(tokenizer, number, row, result))
+    else:
+        display.show(rows, made, tokenizer, limit, 3 if options.rows is None else options.rows)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python dataset.py", description="See rows as they are trained.")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for main.py")
+    parser.add_argument("--rows", type=int, metavar="N", help="rows that are shown: by default 3, with --json all")
+    parser.add_argument("--json", action="store_true", help="one object a row, with its tokens and labels")
+    options = parser.parse_intermixed_args(arguments)
+    if options.rows is not None and options.rows < 0:
+        parser.error(f"--rows={options.rows}: use a number of at least 0")
+    return options
+
+
+def tokenizer_for(config: Any, overrides: Sequence[str]) -> Any:
+    """The model's tokenizer. If that of the default model is not to be had here, the bundled one, which is said."""
+    from model import read_tokenizer
+
+    try:
+        return read_tokenizer(config.model)
+    except (SettingsError, RunError) as error:
+        if any(text.lstrip("+").startswith(("model", "experiment")) for text in overrides):
+            raise
+        print(f"warning: {error}; tokens are those of the bundled model: name yours with model.name=", file=sys.stderr)
+        return read_tokenizer(replace(config.model, name="quickstart/model"))
+
+
+def main() -> int:
+    from settings.compose import one_line
+    from utils import leave_unusable_home, quiet_transformers, send_nothing_home
+
+    send_nothing_home()
+    leave_unusable_home()
+    quiet_transformers()
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  of a terminal that cannot show everything
+    try:
+        show(parse(sys.argv[1:]))
+    except (SettingsError, RunError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,6 +27,8 @@ OPTION_OF = {  # what a setting is called here
     "model.trust_remote_code=true": "--trust-remote-code",
     "dataset.name": "--evaluate",
     "dataset.split": "--split",
+    "dataset.subset": "--subset",
+    "dataset.columns": "--columns",
     "dataset.template": "--template",
 }
 
@@ -115,6 +117,14 @@ def as_text(text: str) -> str:
     return text
 
 
+def as_columns(text: str) -> dict[str, str]:
+    """Which column is what, as `dataset.columns` says it."""
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    if not all(use.strip() and column.strip() for use, column in pairs):
+        raise argparse.ArgumentTypeError("is not USE=COLUMN, separated by commas")
+    return {use.strip(): column.strip() for use, column in pairs}
+
+
 FLAG = dict(action="store_true")
 OPTIONS: dict[tuple[str, ...], dict[str, tuple[Callable[[Any], str | None] | None, dict[str, Any]]]] = {
     # by the modes in which they mean something: name, what finds faults of its values, and what argparse is told
@@ -157,6 +167,13 @@ OPTIONS: dict[tuple[str, ...], dict[str, tuple[Callable[[Any], str | None] | Non
     },
     ("evaluate",): {
         "split": (filled, dict(default="test", help="on the Hub")),
+        "subset": (filled, dict(help="configuration on the Hub")),
+        "columns": (
+            None,
+            dict(
+                type=as_columns, default={}, metavar="USE=COLUMN,...", help="such as instruction=question,output=answer"
+            ),
+        ),
         "category-column": (None, dict(default="category", help="also measured by its values")),
         "answers": (between(0, 10**6), dict(type=int, default=200, help="rows answered, for exact match and ROUGE-L")),
         "seq-length": (between(16, 10**6), dict(type=int, default=512, help="longest row, in tokens")),

@@ -136,6 +136,7 @@ def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
     config.model.cache_folder = str(node["cache"]) if "cache" in node else None
     if "dataset" in node or "eval" in node:  # the server learns the column's values: it could name the answers
         config.dataset.category_column = str(node.get("category-column", ""))
+        config.dataset.columns = {}  # the server does not choose what of a node's own rows is trained
     template = config.dataset.template
     if template != "tokenizer" and not shipped_path(f"conf/template/{template}.jinja"):
         raise SettingsError(f"dataset.template={template}: on a node, use a template of the suite")

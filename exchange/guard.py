@@ -11,7 +11,7 @@ from exchange.scores import FIELDS, LONGEST_NAME, MOST_CATEGORIES, Scores
 from model import Adapter
 
 PARTS = ("load_s", "data_s", "train_s")
-TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "cut", "model_loads", "tokenizations")
+TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "refused", "cut", "model_loads", "tokenizations")
 MEMORY = ("peak_memory_bytes", "reserved_memory_bytes")
 REPORT = frozenset((*PARTS, *TOTALS, *MEMORY, "total_s", "num-examples", "train_loss"))
 MOST = 1e12  # of any number that a client reports

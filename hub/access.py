@@ -143,6 +143,8 @@ def refused(name: str, kind: str) -> Iterator[None]:
     """
     try:
         yield
+    except (SettingsError, RunError):  # which say it already
+        raise
     except Exception as error:
         causes = list(causes_of(error))
         known = next(filter(None, (explained(cause, name, kind) for cause in causes)), None)

@@ -19,7 +19,7 @@ from rich.text import Text
 from transformers import TextStreamer, set_seed
 
 import model as adapters
-from dataset import as_message, encode_prompt, load_rows, tokenize_rows
+from dataset import as_message, encode_prompt, load_rows, messages_of, tokenize_rows
 from exchange.scores import figures
 from learning.evaluation import generate, held_out, score
 from learning.tuned import PICKLED_FILE, TOKENIZER_FILES, choose_template, explained, find_tuned
@@ -133,7 +133,7 @@ def answer_all(checkpoint: Path, options: argparse.Namespace) -> None:
     assert not starts or answerer.model  # loaded before the clock runs
     for start in track(list(starts), description="answering"):
         rows = questions[start : start + options.batch_size]
-        answers = answerer.answers([answerer.prompt([as_message(row)]) for row in rows])
+        answers = answerer.answers([answerer.prompt(row.get("messages") or [as_message(row)]) for row in rows])
         with writing("output", options.output), options.output.open("a", encoding="utf-8") as file:
             for row, answer in zip(rows, answers, strict=True):
                 record = row | {"answer": answer, "made_by": made_by}
@@ -144,7 +144,7 @@ def answer_all(checkpoint: Path, options: argparse.Namespace) -> None:
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Lines with `question`, or `instruction` and `input`; blank ones are skipped.
+    """Lines with `question`, `prompt`, `instruction` and `input`, or `messages`; blank ones are skipped.
 
     Raises:
         SettingsError: with the number of the line that is none.
@@ -164,13 +164,27 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
 def read_question(where: str, line: str) -> dict[str, Any]:
     with explained(f"{where} is not a JSON object"):
         row = json.loads(line)
-        text, given = row.get("question", row.get("instruction")), row.get("input", "")
-        f"{text}{given}".encode()  # half a character outside of the basic plane is no text
+        messages = row.get("messages", row.get("conversations"))
+        text, given = row.get("question", row.get("instruction", row.get("prompt"))), row.get("input", "")
+        f"{text}{given}{messages}".encode()  # half a character outside of the basic plane is no text
+    if messages is not None:
+        with explained(f"{where} cannot be asked"):
+            return {"messages": up_to_question(messages)}
     if not isinstance(text, str) or not text.strip():
         raise SettingsError(f'{where} has no text in "question" or "instruction"')
     if isinstance(given, dict | list):
         raise SettingsError(f'{where} has a {type(given).__name__} in "input"; use text')
     return {"instruction": text, "input": given}
+
+
+def up_to_question(messages: Any) -> list[dict[str, Any]]:
+    """A conversation up to the last turn that asks: answers that stand behind it are left out."""
+    turns = messages_of(messages)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns or turns[-1]["role"] not in ("user", "tool"):
+        raise ValueError("its messages ask nothing")
+    return turns
 
 
 def kept_answers(path: Path, questions: Sequence[dict[str, Any]], made_by: str) -> int:
@@ -201,7 +215,10 @@ def kept_answers(path: Path, questions: Sequence[dict[str, Any]], made_by: str) 
 def evaluate(checkpoint: Path, options: argparse.Namespace) -> None:
     """Print how good the adapter, and with --compare the base model, is on the rows of --evaluate; JSON to --output."""
     answerer = Answerer(checkpoint, options)
-    cfg = DatasetConfig(name=options.evaluate, split=options.split, category_column=options.category_column)
+    cfg = DatasetConfig(
+        name=options.evaluate, subset=options.subset, split=options.split, columns=options.columns,
+        category_column=options.category_column,
+    )  # fmt: skip
     rows = load_rows(cfg)
     with answerer.prompting():
         partition = tokenize_rows(rows, answerer.tokenizer, answerer.template, options.seq_length)

@@ -3,7 +3,7 @@
 Scores are sums over rows, so that those of categories and of clients add up: see `FIELDS`.
 """
 
-import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,40 +11,48 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
+import regex
 import torch
-from datasets import Dataset
 
 import model as adapters
-from dataset import IGNORED, Partition, end_ids, text_of
+from dataset import IGNORED, Partition, Rows, end_ids
 from exchange.scores import FIELDS, LONGEST_NAME, MOST_CATEGORIES, Scores
 from learning.head import labelled, log_probabilities
 from learning.training import collate
 from utils import generator
 
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # written without blanks: each character counts as a word
+UNSPACED = "".join(  # written without blanks between words: each character counts as one, with its marks
+    rf"\p{{{script}}}" for script in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")
+)
+WORD = regex.compile(
+    rf"[{UNSPACED}--\p{{M}}]\p{{M}}*"
+    rf"|[\p{{L}}\p{{N}}_--[{UNSPACED}]][\p{{L}}\p{{M}}\p{{N}}_\u200c\u200d--[{UNSPACED}]]*",
+    regex.V1,
+)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows to be evaluated on: as tokens, with the right answers and the categories, row by row."""
+    """Rows to be evaluated on: as tokens, with the right last answers and the categories, row by row."""
 
     rows: list[dict[str, list[int]]]
     outputs: list[str]
     categories: list[str]
 
 
-def held_out(partition: Partition, chosen: np.ndarray, raw: Dataset, category_column: str) -> HeldOut:
+def held_out(partition: Partition, chosen: np.ndarray, raw: Rows, category_column: str) -> HeldOut:
     """The `chosen` rows of a tokenized `partition`; `raw` is what it was made from.
 
     Data with more than MOST_CATEGORIES categories counts as having none.
     """
     texts = raw.select(partition.sources[chosen].tolist())
-    values = texts[category_column] if category_column in raw.column_names else []
-    categories = [" ".join(text_of(value).split())[:LONGEST_NAME] for value in values]
+    categories = [" ".join(value.split())[:LONGEST_NAME] for value in texts.column(category_column)]
     if not categories or len(set(categories)) > MOST_CATEGORIES:
         categories = [""] * len(texts)
     rows = [partition.row(index) for index in chosen]
-    return HeldOut(rows, [text_of(output).strip() for output in texts["output"]], categories)
+    turns = zip(texts, partition.turns[chosen], strict=True)
+    outputs = [conversation.turns[number]["content"].strip() for conversation, number in turns]
+    return HeldOut(rows, outputs, categories)
 
 
 def score(
@@ -68,7 +76,7 @@ def score(
         prompts = [prompt_of(data.rows[index]) for index in asked]
         for index, ids in zip(asked, generate(model, tokenizer, prompts, max_new_tokens, tokens_at_once), strict=True):
             answer = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-            sums[index, 3:] = answer == data.outputs[index], rouge_l(data.outputs[index], answer), 1
+            sums[index, 3:] = is_same(answer, data.outputs[index]), rouge_l(data.outputs[index], answer), 1
     finally:
         model.train(training)
     scores: Scores = defaultdict(lambda: np.zeros(len(FIELDS)))
@@ -110,7 +118,8 @@ def in_batches(lengths: Sequence[int], tokens_at_once: int) -> list[list[int]]:
 
 
 def prompt_of(row: Mapping[str, list[int]]) -> list[int]:
-    return row["input_ids"][: row["labels"].count(IGNORED)]
+    """What stands before the last answer."""
+    return row["input_ids"][: len(row["labels"]) - row["labels"][::-1].index(IGNORED)]
 
 
 @torch.inference_mode()
@@ -140,11 +149,16 @@ def generate(
     return found
 
 
+def is_same(answer: str, right: str) -> bool:
+    """Whether both are the same text, however their accents are encoded (NFC or NFD)."""
+    return unicodedata.normalize("NFC", answer) == unicodedata.normalize("NFC", right)
+
+
 class Words:
-    """How ROUGE takes text apart: words in small letters, of any language."""
+    """How ROUGE takes text apart: words in small letters, of any language, with the marks of their letters."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(rf"[{CJK}]|[^\W{CJK}]+", text.lower())
+        return WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def rouge_l(right: str, answer: str) -> float:

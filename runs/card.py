@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import LoraConfig
 
-from dataset import READERS
+from dataset import kind_of
 from model import TEMPLATE_FILE
 from runs.plots import plot_loss
 from runs.reading import markdown
@@ -87,7 +87,7 @@ def metadata(config: RunConfig, found: Mapping[str, Any], own_data: bool) -> Mod
 
 
 def on_hub(name: str) -> bool:
-    return bool(HUB_ID.fullmatch(name)) and local_path(name) is None and Path(name).suffix not in READERS
+    return bool(HUB_ID.fullmatch(name)) and local_path(name) is None and kind_of(Path(name)) is None
 
 
 def public(name: str, otherwise: str) -> str:

@@ -274,10 +274,12 @@ class Federation:
 
     def warn_of_rows_without_response(self, trained: Trained) -> None:
         """Say it of each client once: when it trains for the first time."""
+        whys = {"without_response": "rows without a response", "refused": "rows that the chat template refuses"}
         for partition, reply in trained.replies:
-            left_out = metrics_of(reply)["without_response"]
-            if left_out and partition not in self.record.state.rows_seen:
-                self.progress.warn(f"client {partition}: {left_out} rows without a response are left out")
+            for key, what in whys.items():
+                left_out = metrics_of(reply)[key]
+                if left_out and partition not in self.record.state.rows_seen:
+                    self.progress.warn(f"client {partition}: {left_out} {what} are left out")
 
     def bytes_left(self) -> float:
         """Bytes of `strategy.max_bytes` that are left."""

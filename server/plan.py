@@ -1,17 +1,17 @@
 """Before the start: check that a run can work, and say what it will take. Loads no base model."""
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 import model as adapters
 from dataset import (
-    COLUMNS,
+    NO_ANSWER,
+    Rows,
+    Survey,
+    data_facts,
+    fault,
     find_template,
     load_eval_rows,
     load_rows,
@@ -19,8 +19,8 @@ from dataset import (
     partition_rows,
     partitioner_class,
     read_template,
-    text_of,
-    tokenize_rows,
+    shared_rows,
+    survey,
 )
 from hub import models as hub
 from learning.memory import Sizes, describe_memory, sizes
@@ -28,7 +28,7 @@ from learning.training import training_arguments
 from server.engine import check_machine, idle_gpus
 from server.strategies import make_strategy
 from settings.schema import RunConfig, SettingsError, check_budget, share_of
-from utils import bytes_text, local_path, shortened
+from utils import bytes_text, local_path
 
 UNKNOWN = "unknown without the network"
 
@@ -63,6 +63,8 @@ class Inputs:
 
     template: str
     """The chat template."""
+    rows: Sequence[Survey] = ()
+    """What the data holds, and what of it is left out; none where only the clients have rows."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Fingerprints of the rows, of the held-out ones as `held_out`; none where only the clients have rows."""
     idle_gpus: str | None = None
@@ -89,47 +91,37 @@ def check_inputs(config: RunConfig) -> Inputs:
     """
     tokenizer, template = check_model(config)
     rows = load_rows(config.dataset)
-    check_template(config, tokenizer, template, rows.select(range(1)))
     partition_rows(rows, config.dataset, config.num_clients, config.seed)
+    found = [surveyed(config, rows, tokenizer, template)]
     facts = data_facts(rows)
     if config.dataset.eval_name:
         held_out = load_eval_rows(config.dataset)
-        if not any(text_of(output).strip() for output in held_out["output"]):
-            raise SettingsError(f"dataset.eval_name={config.dataset.eval_name}: none of its rows has an output")
+        found.append(surveyed(config, held_out, tokenizer, template))
         column = config.dataset.category_column
-        if column not in ("", "category", *held_out.column_names):
-            raise SettingsError(
-                f"dataset.category_column={column}: {config.dataset.eval_name} has {', '.join(held_out.column_names)}"
-            )
+        if column not in ("", "category", *held_out.table.column_names):
+            names = ", ".join(held_out.table.column_names)
+            raise SettingsError(f"dataset.category_column={column}: {config.dataset.eval_name} has {names}")
         facts |= {"held_out": data_facts(held_out) | {"also_trained_on": len(shared_rows(rows, held_out))}}
-    return Inputs(template, facts, idle_gpus(config))
+    return Inputs(template, found, facts, idle_gpus(config))
 
 
-def check_template(config: RunConfig, tokenizer: Any, template: str, rows: Dataset) -> None:
-    """Raise SettingsError if the chat template, which is a program, makes no tokens of `rows`."""
-    try:
-        tokenize_rows(rows, tokenizer, template, config.train.seq_length)
-    except SettingsError:
-        raise
-    except Exception as error:
-        raise SettingsError(
-            f"dataset.template={config.dataset.template}: makes no prompt ({shortened(error, 200)}); choose another, "
-            "such as dataset.template=alpaca"
-        ) from error
+def surveyed(config: RunConfig, rows: Rows, tokenizer: Any, template: str) -> Survey:
+    """What `rows` hold, and which of them the chat template refuses; without a tokenizer it is not asked.
 
-
-def shared_rows(rows: Dataset, held_out: Dataset) -> list[int]:
-    """Numbers of the held-out rows that are among `rows` too, word for word."""
-    trained_on = set(zip(*(map(text_of, rows[column]) for column in COLUMNS), strict=True))
-    measured = zip(*(map(text_of, held_out[column]) for column in COLUMNS), strict=True)
-    return [number for number, row in enumerate(measured) if row in trained_on]
-
-
-def data_facts(rows: Dataset) -> dict[str, Any]:
-    """What tells rows apart from others: their number, and a digest of up to 1,000 of them."""
-    sample = rows.select(range(0, len(rows), max(1, len(rows) // 1000)))
-    text = json.dumps([[row[column] for column in COLUMNS] for row in sample], default=str)
-    return {"rows": len(rows), "sha256_of_sample": hashlib.sha256(text.encode()).hexdigest()}
+    Raises:
+        SettingsError: if nothing is left of them.
+    """
+    limit, train_on = config.train.seq_length, config.dataset.train_on
+    found = survey(rows, lambda row: fault(tokenizer, template, row, limit, train_on) if tokenizer else None)
+    if sum(found.left_out.values()) == len(rows):
+        reasons = [reason for reason in found.left_out if reason != NO_ANSWER]
+        if reasons:
+            raise SettingsError(
+                f"dataset.template={config.dataset.template}: makes no prompt of {rows.name}: rows "
+                f"{'; '.join(reasons)}; choose another, such as dataset.template=alpaca"
+            )
+        raise SettingsError(f"{rows.name}: none of its rows has an output")
+    return found
 
 
 def plan(config: RunConfig, folder: Path) -> dict[str, str]:
@@ -138,7 +130,7 @@ def plan(config: RunConfig, folder: Path) -> dict[str, str]:
     trained = config.clients_per_round * config.num_rounds
     lines = {
         "base model": f"{config.model.name}, quantization {config.model.quantization}",
-        "data": describe_data(config),
+        **describe_data(config),
         "rounds": f"{config.num_rounds}, {config.clients_per_round} of {config.num_clients} clients in each "
         f"({config.strategy['_target_'].rsplit('.', 1)[-1]})",
         "optimizer steps": f"{trained * steps}: {steps} for a client in a round, {config.batch_size} rows each",
@@ -163,7 +155,7 @@ def describe_evaluation(config: RunConfig) -> str:
     dataset, share, parts = config.dataset, config.sampling.fraction_evaluate, []
     if dataset.eval_name:
         if local_rows(dataset.eval_name, "dataset.eval_name"):
-            load_eval_rows(dataset)
+            surveyed(config, load_eval_rows(dataset), *prompter(config))
         parts.append(f"of {dataset.eval_name} before and after the run and every {config.evaluate.every_rounds} rounds")
     if share:
         count = max(1, share_of(config.num_clients, share))
@@ -180,13 +172,23 @@ def describe_checkpoints(config: RunConfig) -> str:
     )
 
 
-def describe_data(config: RunConfig) -> str:
+def describe_data(config: RunConfig) -> dict[str, str]:
     kind = partitioner_class(config.dataset).__name__
     if local_rows(config.dataset.name) is None:
-        return f"{config.dataset.name} ({kind}); number of rows {UNKNOWN}"
+        return {"data": f"{config.dataset.name} ({kind}); number of rows {UNKNOWN}"}
     rows = load_rows(config.dataset)
     partition_rows(rows, config.dataset, config.num_clients, config.seed)
-    return f"{config.dataset.name}, {len(rows)} rows, {kind}"
+    found = surveyed(config, rows, *prompter(config))
+    lines = {"data": f"{config.dataset.name}, {len(rows)} rows, {kind}", "rows": str(found)}
+    return lines | ({"WARNING": "more than half of the rows are not used"} if found.is_mostly_left_out else {})
+
+
+def prompter(config: RunConfig) -> tuple[Any, str]:
+    """Tokenizer and chat template, where the model is a folder: of the Hub's there may be only a part here."""
+    if local_path(config.model.name) is None:
+        return None, ""
+    tokenizer = adapters.read_tokenizer(config.model, offline=True)
+    return tokenizer, read_template(config.dataset, tokenizer)
 
 
 def plan_sizes(config: RunConfig) -> dict[str, str]:
@@ -194,10 +196,6 @@ def plan_sizes(config: RunConfig) -> dict[str, str]:
     if hub.cached_model(config.model.name, code=config.model.trust_remote_code) is None:
         return dict.fromkeys(("adapter", "bytes down and up", "memory of a step"), UNKNOWN)
     size = sizes(adapters.read_config(config.model, offline=True), config)
-    if local_path(config.model.name):  # of the Hub's there may be only a part
-        tokenizer = adapters.read_tokenizer(config.model, offline=True)
-        row = Dataset.from_dict({column: ["x"] for column in COLUMNS})
-        check_template(config, tokenizer, read_template(config.dataset, tokenizer), row)
     check_budget(config, size.payload_bytes, size.once_bytes)
     rounds, sent, returned = traffic(config, size)
     early = "" if rounds == config.num_rounds else f"; strategy.max_bytes ends the run after round {rounds}"

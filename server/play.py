@@ -8,6 +8,7 @@ from typing import Any
 from flwr.serverapp import Grid
 from rich.console import Console
 
+from dataset import alarm
 from runs.progress import RunProgress, summary_line
 from runs.tracking import start_tracker
 from server.federation import Federation
@@ -32,6 +33,11 @@ def play(grid: Grid, config: RunConfig, folder: Path, inputs: Inputs, *, resumes
         if tracker := start_tracker(config, folder):
             stack.callback(tracker.finish)
         progress = stack.enter_context(RunProgress(config.num_rounds, console, tracker))
+        for found in inputs.rows:
+            log.info("%s: %s", found.rows.name, found)
+            console.out(str(found))
+            if found.is_mostly_left_out:
+                console.print(alarm(found))
         for warning in inputs.warnings:
             log.warning("%s", warning)
             progress.warn(warning)

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
-PASSED_ON = ("model.lora", "dataset.partitioner", "train.training_arguments", "strategy")
+PASSED_ON = ("model.lora", "dataset.columns", "dataset.partitioner", "train.training_arguments", "strategy")
 # the only names of a server's run that mean something everywhere: what the suite ships, and OWNER/NAME of the Hub
 SHIPPED_NAMES = ("quickstart/data/train.jsonl", "quickstart/data/heldout.jsonl", "quickstart/model")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -83,8 +83,15 @@ class ModelConfig:
 class DatasetConfig:
     name: str = required()
     """Hub id, or a local JSON, JSONL, CSV or Parquet file, or a folder of them."""
+    subset: str | None = required()
+    """Configuration of a Hub data set, of `eval_name` too; null for the only one."""
     split: str = required()
-    """Split of a Hub data set."""
+    """Split of a Hub data set, or of a folder whose files are named after theirs."""
+    columns: dict[str, Any] = passed_on()
+    """Which column is the instruction, input, output, system, history, messages, tools, prompt, completion or text;
+    those that are not set are found by their names, and null leaves one out."""
+    train_on: Literal["all", "last"] = required()
+    """Answers of a conversation that carry loss."""
     eval_name: str | None = required()
     """As `name`: rows that nobody trains on, for `evaluate.every_rounds`."""
     eval_split: str = required()

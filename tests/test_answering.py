@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +22,7 @@ import test as cli
 from client import GLOBAL_SET, Worker, evaluate_adapter
 from exchange.scores import figures
 from learning import answering, tuned
-from learning.evaluation import generate, held_out, losses_on, score
+from learning.evaluation import generate, held_out, losses_on, prompt_of, score
 from runs.runfolder import find_checkpoint
 from settings.schema import SettingsError
 from tests.conftest import small
@@ -87,8 +86,8 @@ def test_template_is_what_was_asked_for_else_the_adapters_else_the_tokenizers_el
 
 def test_prompt_ids_equal_those_of_training_up_to_the_response(answerer):
     for row in HELDOUT[:20]:
-        partition = dataset.tokenize_rows([row], answerer.tokenizer, ALPACA, 512)
-        assert answerer.prompt([dataset.as_message(row)]) == partition.ids[: partition.prompts[0]].tolist()
+        partition = dataset.tokenize_rows(dataset.conversations([row]), answerer.tokenizer, ALPACA, 512)
+        assert answerer.prompt([dataset.as_message(row)]) == prompt_of(partition.row(0))
 
 
 def test_greedy_answer_equals_generate_on_the_same_ids(answerer):
@@ -237,7 +236,22 @@ def test_questions_are_read_as_editors_write_them(content, tmp_path):
     assert answering.read_questions(tmp_path / "q.jsonl") == asked
 
 
+def test_questions_may_be_conversations_of_which_the_last_turn_is_asked(answerer, tmp_path):
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+    turns.append({"role": "user", "content": "And now?"})
+    sharegpt = [{"from": {"user": "human", "assistant": "gpt"}[t["role"]], "value": t["content"]} for t in turns]
+    answered = {"from": "gpt", "value": "the right answer"}
+    lines = [{"messages": turns}, {"conversations": [*sharegpt, answered]}, {"prompt": "And now?"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = answering.read_questions(tmp_path / "q.jsonl")
+    assert asked == [{"messages": turns}, {"messages": turns}, {"instruction": "And now?", "input": ""}]
+    text = answerer.tokenizer.decode(answerer.prompt(asked[0]["messages"]))
+    assert text.endswith("Hi.</s>### Instruction:\nAnd now?\n\n### Response:\n")
+
+
 NO_QUESTIONS = {
+    b'{"messages": []}': "line 1 cannot be asked (its messages ask nothing)",
+    b'{"messages": [{"role": "x", "content": "y"}]}': "line 1 cannot be asked",
     b"": "holds no question",
     b"\xef\xbb\xbf\r\n \n": "holds no question",
     b'\n\n{"question": 7}\n': 'line 3 has no text in "question"',
@@ -502,9 +516,9 @@ def test_lm_eval_gives_the_log_likelihoods_of_our_own_loss(answerer, run_folder,
     tasks = [f"--tasks={','.join(TASKS)}", f"--include-path={task_folder}", "--batch-size=1"]
     cli.run(options(run_folder, *tasks, f"--output={tmp_path / 'out.json'}"))
     found = json.loads((tmp_path / "out.json").read_text())["with the adapter"]
-    rows = read_json_lines(eval_file)
+    rows = dataset.load_rows(small(f"dataset.name={eval_file}").dataset)
     partition = dataset.tokenize_rows(rows, answerer.tokenizer, ALPACA, 512)
-    data = held_out(partition, np.arange(len(rows)), Dataset.from_list(rows), "category")
+    data = held_out(partition, np.arange(len(rows)), rows, "category")
     ours = -losses_on(answerer.model, data.rows, tokens_at_once=1)[:, 0]
     theirs = [float(sample["resps"][0][0][0]) for sample in found["samples"]["own_loss"]]
     np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-3)

@@ -22,7 +22,7 @@ def tokenizer():
 
 
 def tokenized(tokenizer, rows, limit=128):
-    return dataset.tokenize_rows(rows, tokenizer, ALPACA, limit)
+    return dataset.tokenize_rows(dataset.conversations(rows), tokenizer, ALPACA, limit)
 
 
 def test_alpaca_prompt_holds_instruction_and_input(tokenizer):
@@ -54,7 +54,7 @@ def test_only_response_and_eos_carry_loss(tokenizer):
 @pytest.mark.parametrize("name", ["alpaca", "vicuna_v1.1"])
 def test_training_ids_start_with_the_ids_that_generation_starts_from(tokenizer, name):
     template = dataset.find_template(name).read_text()
-    partition = dataset.tokenize_rows([ROW], tokenizer, template, 512)
+    partition = dataset.tokenize_rows(dataset.conversations([ROW]), tokenizer, template, 512)
     prompt = dataset.encode_prompt(tokenizer, template, [dataset.as_message(ROW)])
     assert partition.row(0)["input_ids"][: len(prompt)] == prompt
     assert partition.row(0)["labels"][len(prompt)] != IGNORED
@@ -101,17 +101,20 @@ def test_cut_rows_are_counted_and_teach_no_early_end(tokenizer):
 @pytest.mark.parametrize("partitioner", ["iid", "dirichlet"])
 def test_partitions_are_disjoint_and_complete(partitioner):
     config = compose(["experiment=quickstart", f"dataset/partitioner={partitioner}", "num_clients=10"])
-    rows = dataset.load_rows(config.dataset).map(lambda _, number: {"number": number}, with_indices=True)
+    rows = dataset.load_rows(config.dataset)
     partitioner = dataset.partition_rows(rows, config.dataset, 10, seed=3)
-    numbers = [partitioner.load_partition(index)["number"] for index in range(10)]
+    numbers = [partitioner.load_partition(index)[dataset.ROW_NUMBER][:] for index in range(10)]
     assert sorted(number for part in numbers for number in part) == list(range(len(rows)))
+    for index, part in enumerate(numbers):
+        own = dataset.partition_of(rows, partitioner, index)
+        assert own.column("output") == [rows.table[number]["output"] for number in part]
 
 
 def test_natural_partitions_must_match_the_number_of_clients():
     overrides = ["dataset/partitioner=natural_id", "dataset.partitioner.partition_by=category"]
     config = small(*overrides, "num_clients=3")
     rows = dataset.load_rows(config.dataset)
-    kinds = len(set(rows["category"]))
+    kinds = len(set(rows.column("category")))
     with pytest.raises(
         SettingsError, match=f"num_clients=3: NaturalIdPartitioner makes {kinds} partitions; set num_cl"
     ):
@@ -165,20 +168,20 @@ FORMATS = {
 def test_local_files_are_read_whatever_their_format(name, tmp_path):
     (tmp_path / name).write_text(FORMATS[name])
     rows = dataset.load_rows(small(f"dataset.name={tmp_path / name}").dataset)
-    assert rows[0] == ROW
-    assert rows[1]["output"] == ("007" if name.endswith("csv") else "blue")
+    assert rows.table[0] == ROW
+    assert rows.table[1]["output"] == ("007" if name.endswith("csv") else "blue")
 
 
 def test_folder_of_parquet_files_is_read_in_order(tmp_path):
     dataset.Dataset.from_list([ROW | {"output": "2"}]).to_parquet(tmp_path / "b.parquet")
     dataset.Dataset.from_list([ROW | {"output": "1"}]).to_parquet(tmp_path / "a.parquet")
-    assert dataset.load_rows(small(f"dataset.name={tmp_path}").dataset)["output"][:] == ["1", "2"]
+    assert dataset.load_rows(small(f"dataset.name={tmp_path}").dataset).column("output") == ["1", "2"]
 
 
 BROKEN = {
     "a.jsonl": ('{"instruction": "x", "input": "", "output": "y"}\n{"instruction": \n', "a.jsonl line 2 is not JSON"),
-    "b.jsonl": ('{"instruction": "x", "output": "y"}\n', "has no column input"),
-    "c.jsonl": ('[1, 2]\n', "has no column instruction, input, output"),
+    "b.jsonl": ('{"instruction": "x", "answer": "y"}\n', "has no columns that make a row (it has instruction, answer)"),
+    "c.jsonl": ('[1, 2]\n', "c.jsonl line 1 is not an object"),
     "d.txt": ("hello", "use a file, or a folder of files of one kind"),
     "e.jsonl": ('{"instruction": "x", "input": {"a": 1}, "output": "y"}\n', "column input holds"),
     "f.parquet": ("not parquet", "cannot be read"),

@@ -1,5 +1,6 @@
 """Does it help? Held-out rows stay out, the numbers are right, and a run ends where they say."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from flwr.app import Message, MetricRecord, RecordDict
 from transformers import LlamaConfig
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
@@ -136,11 +136,22 @@ def asked_in(data):
         ("Paris.", "paris", 1.0),
         ("東京都", "東京", 2 * 1 * (2 / 3) / (5 / 3)),
         ("größer", "größer", 1.0),
+        ("cafe\u0301 noir", "caf\u00e9 au lait", 2 * (1 / 2) * (1 / 3) / (5 / 6)),  # NFD and NFC
+        ("ที่นี่", "ที่นั่น", 2 * (1 / 2) * (1 / 3) / (5 / 6)),  # two syllables' letters with their marks, and three
+        ("مَرْحَبًا يا عالَم", "مَرْحَبًا", 2 * (1 / 3) / (4 / 3)),  # words with their harakat
+        ("हिन्दी में", "हिन्दी", 2 * (1 / 2) / (3 / 2)),
         ("yes", "", 0.0),
     ],
 )
 def test_rouge_l_equals_hand_counts_in_any_script(right, answer, expected):
     assert evaluation.rouge_l(right, answer) == pytest.approx(expected)
+
+
+def test_answers_are_exact_however_their_accents_are_encoded():
+    assert evaluation.is_same("Caf\u00e9", "Cafe\u0301")
+    assert evaluation.is_same("\uac00", "\u1100\u1161")  # Hangul
+    assert not evaluation.is_same("Cafe", "Caf\u00e9")
+    assert not evaluation.is_same("مرحبا", "مَرْحَبًا")
 
 
 def test_greedy_answers_stop_at_eos_and_do_not_depend_on_the_batch(exact):
@@ -152,6 +163,11 @@ def test_greedy_answers_stop_at_eos_and_do_not_depend_on_the_batch(exact):
     assert all(worker.tokenizer.eos_token_id not in ids and len(ids) <= 12 for ids in together)
 
 
+def with_categories(rows, values):
+    """The same rows, with other values in their column `category`."""
+    return dataclasses.replace(rows, table=rows.table.remove_columns("category").add_column("category", values))
+
+
 def test_categories_add_up_and_too_many_count_as_none(exact):
     worker, data = exact
     found = figures(score(worker.model, worker.tokenizer, data, 2048))
@@ -161,7 +177,7 @@ def test_categories_add_up_and_too_many_count_as_none(exact):
     mean = sum(part["loss"] * part["tokens"] for part in parts) / found["tokens"]
     assert mean == pytest.approx(found["loss"])
     partition = worker.partition(GLOBAL_SET)
-    raw = Dataset.from_dict({"output": ["x"] * 203, "category": [str(number) for number in range(203)]})
+    raw = with_categories(worker.eval_rows, [str(number) for number in range(203)])
     assert set(evaluation.held_out(partition, np.arange(203), raw, "category").categories) == {""}
     assert set(evaluation.held_out(partition, np.arange(203), raw, "no such column").categories) == {""}
 
@@ -341,14 +357,16 @@ def test_scores_that_can_not_be_are_refused(scores, fault):
 
 
 def test_rows_that_are_trained_on_too_are_counted(tmp_path):
-    own = load_rows(small().dataset).select(range(3)).to_list() + [{"instruction": "new", "input": "", "output": "x"}]
+    own = load_rows(small().dataset).table.select(range(3)).to_list() + [
+        {"instruction": "new", "input": "", "output": "x"}
+    ]
     file = tmp_path / "eval.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in own))
     facts = check_inputs(small(f"dataset.eval_name={file}")).data
     assert facts["held_out"]["also_trained_on"] == 3
     assert check_inputs(small(HELD_OUT)).data["held_out"]["also_trained_on"] == 0
     file.write_text('{"question": "x"}')
-    with pytest.raises(SettingsError, match=r"^dataset.eval_name=.*: has no column instruction, input, output"):
+    with pytest.raises(SettingsError, match=r"^dataset.eval_name=.*: has no columns that make a row"):
         check_inputs(small(f"dataset.eval_name={file}"))
     file.write_text('{"instruction": "x", "input": "", "output": " "}')
     with pytest.raises(SettingsError, match=r"^dataset.eval_name=.*: none of its rows has an output"):
@@ -602,7 +620,7 @@ def test_long_and_odd_category_names_are_cut_to_one_line(exact):
     worker, data = exact
     partition = worker.partition(GLOBAL_SET)
     names = ["x" * 300, "two\nlines", None, "[/bold]"]
-    raw = Dataset.from_dict({"output": ["y"] * 203, "category": (names * 51)[:203]})
+    raw = with_categories(worker.eval_rows, (names * 51)[:203])
     found = set(evaluation.held_out(partition, np.arange(203), raw, "category").categories)
     assert found == {"x" * 100, "two lines", "", "[/bold]"}
     both = figures({str(number): np.array(GOOD) for number in range(101)})

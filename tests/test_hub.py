@@ -247,12 +247,12 @@ def test_rows_that_were_read_are_read_again_when_the_hub_is_gone(local, monkeypa
         broken.setattr(access.HfApi, "repo_info", gone)
         with pytest.raises(RunError, match=f"dataset.name={ROWS}: .*cannot be reached"):
             load_rows(cfg)
-    rows = load_rows(cfg)[:]
+    rows = load_rows(cfg).table[:]
     hub.forget()
     before = len(local.requests)
     with monkeypatch.context() as broken:
         broken.setattr(access.HfApi, "repo_info", gone)
-        assert load_rows(cfg)[:] == rows
+        assert load_rows(cfg).table[:] == rows
     assert len(rows["output"]) > 50
     assert len(local.requests) == before
 

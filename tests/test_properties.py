@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dataset import COLUMNS, load_rows, partition_rows, tokenize_rows
+from dataset import conversations, load_rows, partition_of, partition_rows, text_of, tokenize_rows
 from model import read_tokenizer
 from server import plan
 from settings.compose import checked, one_line
@@ -111,6 +111,7 @@ def is_from_the_checks(error: BaseException) -> bool:
 
 # --- rows -----------------------------------------------------------------------------------------
 
+COLUMNS = ("instruction", "input", "output")
 SPECIAL = [
     "</s>",
     "<s>",
@@ -176,13 +177,13 @@ def test_any_file_of_rows_is_read_or_refused_by_name(count, cache, tmp_path):
         )  # fmt: skip
         try:
             loaded = load_rows(cfg)
-            partition = partition_rows(loaded, cfg, 2, 0).load_partition(0)
+            partition = partition_of(loaded, partition_rows(loaded, cfg, 2, 0), 0)
             made = tokenize_rows(partition, tokenizer, template, 64)
         except SettingsError as error:
             assert "\n" not in str(error)
             assert str(error).startswith((f"dataset.name={file}", "num_clients=2", "dataset.partitioner"))
         else:
-            assert made.counts["rows"] == len(partition) == len(made) + made.counts["without_response"]
+            assert made.counts["rows"] == len(partition) == len(made) + sum(made.reasons.values())
         finally:
             file.unlink()
 
@@ -201,16 +202,18 @@ def test_any_text_is_text_and_never_a_marker(count):
     @examples(count)
     @given(st.fixed_dictionaries(dict.fromkeys(COLUMNS, CELLS)), st.integers(16, 600))
     def holds(row, limit):
-        made = tokenize_rows([row], tokenizer, template, limit)
+        made = tokenize_rows(conversations([row]), tokenizer, template, limit)
         if not len(made):
-            assert not str("" if row["output"] is None else row["output"]).strip()
+            assert not text_of(row["output"]).strip()
             return
         [ids, labels] = made.row(0).values()
         learnt = [label for label in labels if label != -100]
         assert 0 < len(ids) <= limit
         assert learnt == ids[-len(learnt) :]
         inside = [token for token in ids if token in special - {tokenizer.unk_token_id}]
-        plain = tokenize_rows([dict.fromkeys(COLUMNS, "x")], tokenizer, template, 600).row(0)["input_ids"]
+        plain = tokenize_rows(conversations([dict.fromkeys(COLUMNS, "x")]), tokenizer, template, 600).row(0)[
+            "input_ids"
+        ]
         expected = [token for token in plain if token in special - {tokenizer.unk_token_id}]
         assert inside == expected or (made.counts["cut"] and inside == expected[: len(inside)])
 

@@ -752,6 +752,97 @@ def alpaca(folder: Path) -> None:
     write_card(folder, f"dataset_info:\n  features:\n{features}  splits:\n{split}{sizes}{about}")
 
 
+def write_split(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """A split as one Parquet file of a configuration's folder."""
+    file = folder / f"{name}-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def asked(row: text.Row) -> str:
+    return f"{row['instruction']}\n{row['input']}".strip()
+
+
+def messages(rows: list[text.Row]) -> list[dict[str, Any]]:
+    """Some rows as a conversation."""
+    turns = [[{"content": asked(row), "role": "user"}, {"content": row["output"], "role": "assistant"}] for row in rows]
+    return list(itertools.chain(*turns))
+
+
+def configurations(**files: dict[str, str]) -> str:
+    """The part of a card that lists configurations: by name, the files of each split."""
+    lines = ["configs:"]
+    for name, splits in files.items():
+        lines += [f"- config_name: {name}", "  data_files:"]
+        lines += [f"  - split: {split}\n    path: {path}" for split, path in splits.items()]
+    return "\n".join(lines)
+
+
+@repository("datasets/databricks/databricks-dolly-15k")
+def dolly(folder: Path) -> None:
+    """One file of JSON lines with instruction, context, response and category."""
+    rows = [
+        {"instruction": r["instruction"], "context": r["input"], "response": r["output"], "category": f"kind {n % 8}"}
+        for n, r in enumerate(text.rows(300))
+    ]
+    write(folder, "databricks-dolly-15k.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_card(folder, "license: cc-by-sa-3.0\ntask_categories:\n- question-answering")
+
+
+@repository("datasets/Open-Orca/SlimOrca")
+def slim_orca(folder: Path) -> None:
+    """One file of JSON lines; conversations of from, value and weight, with a system prompt."""
+    rows = [
+        {
+            "conversations": [
+                {"from": "system", "value": "You are an AI assistant.", "weight": None},
+                {"from": "human", "value": asked(row), "weight": 0.0},
+                {"from": "gpt", "value": row["output"], "weight": 1.0},
+            ]
+        }
+        for row in text.rows(300)
+    ]
+    write(folder, "oo-labeled_correct.gpt4.sharegpt.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_card(folder, "license: mit")
+
+
+@repository("datasets/HuggingFaceH4/ultrachat_200k")
+def ultrachat(folder: Path) -> None:
+    """Parquet in four splits, none of them called train; prompt, prompt_id and messages of several turns."""
+    splits = ("train_sft", "test_sft", "train_gen", "test_gen")
+    for number, split in enumerate(splits):
+        parts = [text.rows(count, seed=seed) for seed, count in enumerate([1, 2, 3] * 40)]
+        rows = [
+            {"prompt": asked(part[0]), "prompt_id": f"{n}", "messages": messages(part)} for n, part in enumerate(parts)
+        ]
+        write_split(folder / "data", split, rows[: 120 - number])
+    files = {split: f"data/{split}-*" for split in splits}
+    write_card(folder, f"license: mit\n{configurations(default=files)}")
+
+
+@repository("datasets/HuggingFaceTB/smoltalk")
+def smoltalk(folder: Path) -> None:
+    """Parquet in several configurations; messages and source."""
+    names = ("all", "smol-magpie-ultra", "everyday-conversations")
+    for name in names:
+        rows = [{"messages": messages(text.rows(2, seed=seed)), "source": name} for seed in range(100)]
+        for split in ("train", "test"):
+            write_split(folder / "data" / name, split, rows if split == "train" else rows[:10])
+    files = {name: {split: f"data/{name}/{split}-*" for split in ("train", "test")} for name in names}
+    write_card(folder, f"language:\n- en\n{configurations(**files)}")
+
+
+@repository("datasets/openai/gsm8k")
+def gsm8k(folder: Path) -> None:
+    """Parquet in two configurations; question and answer."""
+    for name in ("main", "socratic"):
+        rows = [{"question": asked(row), "answer": f"{row['output']}\n#### {name}"} for row in text.rows(200)]
+        for split in ("train", "test"):
+            write_split(folder / name, split, rows if split == "train" else rows[:20])
+    files = {name: {split: f"{name}/{split}-*" for split in ("train", "test")} for name in ("main", "socratic")}
+    write_card(folder, f"license: mit\n{configurations(**files)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)

@@ -1,0 +1,116 @@
+"""What stands in one cell of a file, as text: a number as it is written there, and never what a reader makes of it.
+
+A cell is None, text, a `Number`, a truth value, or nested (a list or an object).
+"""
+
+import json
+from collections.abc import Iterable
+from decimal import Decimal
+from json.encoder import encode_basestring
+from typing import Any
+
+import numpy as np
+
+TEXT, NUMBER, TRUTH, LIST, OBJECT, BYTES = "text", "numbers", "true or false", "lists", "objects", "bytes"
+NESTED = (LIST, OBJECT)
+
+
+class Number(str):
+    """A number as it is written: 1.50, 1e3, 18446744073709551615."""
+
+    __slots__ = ()
+
+
+class Float(float):
+    """A number inside of a nested cell, for templates that count with it; as text it is what was written."""
+
+    written: str
+
+    def __new__(cls, written: str) -> "Float":
+        made = super().__new__(cls, written)
+        made.written = written
+        return made
+
+    def __str__(self) -> str:
+        return self.written
+
+
+def whole(text: str) -> int | Float:
+    return int(text) if len(text) < 1000 and str(int(text)) == text else Float(text)
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is named twice")
+    return made
+
+
+WRITTEN = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=Number, object_pairs_hook=once)
+"""Numbers stay as they are written."""
+COUNTED = json.JSONDecoder(parse_int=whole, parse_float=Float)
+"""Numbers count as such, and are written as they were."""
+
+
+def told(value: Any) -> tuple[str, str | None]:
+    """The kind of a cell, and its text: JSON for a nested one, and none for bytes."""
+    if isinstance(value, Number):
+        return NUMBER, str(value)
+    if isinstance(value, str):
+        return TEXT, value
+    if isinstance(value, bool):
+        return TRUTH, "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return LIST, written(value)
+    if isinstance(value, dict):
+        return OBJECT, written(value)
+    return BYTES, None
+
+
+def written(value: Any) -> str:
+    """A cell as JSON, its numbers as they are written."""
+    if isinstance(value, Number):
+        return str(value)
+    if isinstance(value, str):
+        return encode_basestring(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{encode_basestring(key)}: {written(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(written, value)) + "]"
+    return {True: "true", False: "false"}.get(value, "null")
+
+
+def nested(text: str) -> Any:
+    """What a nested cell holds."""
+    return COUNTED.decode(text)
+
+
+def text_of(value: Any) -> str:
+    """Text of what a message or a cell holds; nothing is no text."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "" if value is None else str(value)
+
+
+def plain(values: Iterable[Any], short_floats: bool = False) -> list[Any]:
+    """Python's values of a column of a typed file (Parquet, Arrow) as cells.
+
+    Args:
+        short_floats: they are of 16 or 32 bits, and are written with the digits that tell those apart.
+    """
+    return [as_cell(value, short_floats) for value in values]
+
+
+def as_cell(value: Any, short_floats: bool = False) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, float):
+        return Number(np.float32(value) if short_floats else repr(value))
+    if isinstance(value, int | Decimal):
+        return Number(value)
+    if isinstance(value, dict):
+        return {str(key): as_cell(inner, short_floats) for key, inner in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [as_cell(inner, short_floats) for inner in value]
+    return value if isinstance(value, bytes) else str(value)  # dates and times among others

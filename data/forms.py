@@ -1,0 +1,401 @@
+"""What the columns of a data set say, as a conversation: the one form that everything behind reads.
+
+A conversation is a list of turns, each with `role` and `content`, and the tools that could be called, if there are any.
+Turns of the role "text" are plain text, all of which is trained.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from data.cells import NESTED, nested, text_of
+from data.table import Kinds, Table
+from settings.schema import SettingsError, suggest
+
+Turn = dict[str, Any]
+NO_ANSWER = "without an answer"
+
+COLUMNS = {  # what a column is for: the names under which it is found by itself
+    "instruction": ("instruction",),
+    "input": ("input", "context"),
+    "output": ("output", "response"),
+    "system": ("system",),
+    "history": ("history",),
+    "messages": ("messages", "conversations"),
+    "tools": ("tools",),
+    "prompt": ("prompt",),
+    "completion": ("completion",),
+    "text": ("text",),
+}
+SHAPES = {  # by what is needed: the rest may be there
+    "Alpaca": (("instruction", "output"), ("input", "system", "history")),
+    "chat": (("messages",), ("system", "tools")),
+    "prompt and completion": (("prompt", "completion"), ("system", "tools")),
+    "text": (("text",), ()),
+}
+ROLES = {
+    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+    "bot": "assistant", "chatgpt": "assistant", "system": "system", "developer": "developer", "tool": "tool",
+    "function": "tool", "observation": "tool", "function_call": "assistant",
+}  # fmt: skip
+PASSED_ON = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # of a message, to the chat template
+HOW = (
+    "use instruction and output (Alpaca), instruction, context and response (Dolly), messages or conversations (chat), "
+    "prompt and completion, or text; or say which is which: dataset.columns={instruction: question, output: answer}"
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, the tools that could be called in them, and the numbers of the turns that may carry loss."""
+
+    turns: list[Turn]
+    tools: list[Any] | None = None
+
+    @property
+    def answers(self) -> list[int]:
+        """The turns that say something and may be trained, in their order."""
+        return [
+            number
+            for number, turn in enumerate(self.turns)
+            if turn["role"] in ("assistant", "text")
+            and (turn["content"].strip() or turn.get("tool_calls"))
+            and turn.get("weight", 1) != 0
+        ]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a row is read: its shape, and which column stands for what."""
+
+    shape: str
+    columns: Mapping[str, str]
+    """By what it is for: the user's column."""
+    is_nested: Mapping[str, bool]
+    """Whether that column holds lists and objects, as JSON."""
+
+    def __str__(self) -> str:
+        name = "Dolly" if self.columns.get("input") == "context" and self.shape == "Alpaca" else self.shape
+        return f"{name}: {', '.join(self.columns.values())}"
+
+    def conversation(self, cells: Mapping[str, str | None]) -> Conversation:
+        """A row, by what its cells are for, as a conversation.
+
+        Raises:
+            ValueError: if a list or object in it is no conversation.
+        """
+        row = {key: value_of(key, text, self.is_nested[key]) for key, text in cells.items()}
+        return READERS[self.shape](row)
+
+
+def value_of(key: str, text: str | None, is_nested: bool) -> Any:
+    """What a cell holds. Lists may also be written as JSON text, as in CSV."""
+    if text is None or not (is_nested or key in ("messages", "tools", "history")):
+        return text
+    if not text.strip():
+        return None
+    try:
+        return nested(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the column for {key} holds text that is no JSON list") from error
+
+
+# --- which shape ----------------------------------------------------------------------------------
+
+
+def form_of(table: Table, chosen: Mapping[str, Any], name: str) -> Form:
+    """The shape of the rows that `name` stands for, by the names of their columns.
+
+    Args:
+        chosen: `dataset.columns`: which column stands for what; null leaves one out.
+
+    Raises:
+        SettingsError: if there is none, if there are several, or if a column holds what it cannot.
+    """
+    found = assigned(table.columns.column_names, chosen, name)
+    asked = {key for key, column in standard(chosen).items() if column is not None}
+    fits = [
+        shape for shape, (needed, more) in SHAPES.items() if found.keys() >= {*needed} and {*needed, *more} >= asked
+    ]
+    if len(fits) > 1 and "text" in fits:
+        fits.remove("text")  # beside other columns it is most often their rendering
+    if not fits:
+        names = ", ".join(table.columns.column_names)
+        raise SettingsError(f"{name}: has no columns that make a row (it has {names}); {HOW}")
+    if len(fits) > 1:
+        options = [f"{shape} ({', '.join(found[key] for key in SHAPES[shape][0])})" for shape in fits]
+        key = SHAPES[fits[0]][0][0]
+        raise SettingsError(
+            f"{name}: can be read as {' and as '.join(options)}; choose one with its column, such as "
+            f"dataset.columns={{{key}: {found[key]}}}"
+        )
+    needed, more = SHAPES[fits[0]]
+    columns = {key: found[key] for key in COLUMNS if key in found and key in (*needed, *more)}
+    check_kinds(columns, table.kinds, name)
+    held = {key: any(kind in table.kinds.get(column, {}) for kind in NESTED) for key, column in columns.items()}
+    return Form(fits[0], columns, held)
+
+
+def standard(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """`dataset.columns` with our own word for each use: context is input, response is output."""
+    uses = {other: key for key, names in COLUMNS.items() for other in names}
+    unknown = [key for key in chosen if key not in uses]
+    if unknown:
+        raise SettingsError(
+            f"dataset.columns.{unknown[0]}={chosen[unknown[0]]}: use one of {', '.join(COLUMNS)}"
+            f"{suggest(unknown[0], list(COLUMNS))}"
+        )
+    return {uses[key]: column for key, column in chosen.items()}
+
+
+def assigned(names: Sequence[str], chosen: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The columns by what they are for: as chosen, or by their names."""
+    found = {}
+    given = standard(chosen)
+    for key, column in given.items():
+        if column is not None and column not in names:
+            raise SettingsError(f"dataset.columns.{key}={column}: {name.partition('=')[2]} has {', '.join(names)}")
+    taken = set(given.values())
+    for key, known in COLUMNS.items():
+        here = [column for column in known if column in names and column not in taken]
+        if key in given:
+            here = [given[key]] if given[key] is not None else []
+        if len(here) > 1:
+            raise SettingsError(
+                f"{name}: has the columns {' and '.join(here)}, which mean the same; choose one with "
+                f"dataset.columns={{{key}: {here[0]}}}"
+            )
+        if here:
+            found[key] = here[0]
+    return found
+
+
+def check_kinds(columns: Mapping[str, str], kinds: Kinds, name: str) -> None:
+    """Raise SettingsError for a column that holds lists where text is needed, or both where one of them is."""
+    for key, column in columns.items():
+        held = kinds.get(column, {})
+        lists = next((kind for kind in (*NESTED, "bytes") if kind in held), None)
+        texts = next((kind for kind in held if kind not in (*NESTED, "bytes")), None)
+        if lists and key in ("instruction", "input", "output", "system", "text"):
+            raise SettingsError(f"{name}: column {column} holds {lists} ({held[lists]}); text is needed")
+        if lists and texts:
+            raise SettingsError(
+                f"{name}: column {column} holds {lists} ({held[lists]}) and {texts} ({held[texts]}); use one of them"
+            )
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+
+def as_message(row: Mapping[str, Any]) -> Turn:
+    """The user's turn of an Alpaca row. `content` holds instruction and input, whatever the template."""
+    instruction, given = text_of(row.get("instruction")), text_of(row.get("input"))
+    content = f"{instruction}\n\n### Input:\n{given}" if given.strip() else instruction
+    return {"role": "user", "content": content, "input": given.strip()}
+
+
+def said(content: Any) -> Turn:
+    return {"role": "assistant", "content": text_of(content)}
+
+
+def from_alpaca(row: Mapping[str, Any]) -> Conversation:
+    turns = []
+    for pair in row.get("history") or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError("history is no list of pairs: what was asked, and what was answered")
+        turns += [as_message({"instruction": pair[0]}), said(pair[1])]
+    return with_system(row, [*turns, as_message(row), said(row["output"])])
+
+
+def from_chat(row: Mapping[str, Any]) -> Conversation:
+    turns = messages_of(row["messages"] or [])
+    return replace(with_system(row, turns), tools=tools_of(row.get("tools")))
+
+
+def from_prompt(row: Mapping[str, Any]) -> Conversation:
+    prompt, completion = row["prompt"], row["completion"]
+    asked = messages_of(prompt) if isinstance(prompt, list | dict) else [as_message({"instruction": prompt})]
+    answer = messages_of(completion) if isinstance(completion, list | dict) else [said(completion)]
+    return replace(with_system(row, [*asked, *answer]), tools=tools_of(row.get("tools")))
+
+
+def from_text(row: Mapping[str, Any]) -> Conversation:
+    return Conversation([{"role": "text", "content": text_of(row["text"])}])
+
+
+READERS = {"Alpaca": from_alpaca, "chat": from_chat, "prompt and completion": from_prompt, "text": from_text}
+
+
+def with_system(row: Mapping[str, Any], turns: list[Turn]) -> Conversation:
+    """The turns behind the system prompt of a column, if it holds one."""
+    system = text_of(row.get("system"))
+    if not system.strip():
+        return Conversation(turns)
+    if turns and turns[0]["role"] == "system":
+        if turns[0]["content"] == system:
+            return Conversation(turns)
+        raise ValueError(
+            "has a system prompt in its column and another in its messages; leave that column out: "
+            "dataset.columns={system: null}"
+        )
+    return Conversation([{"role": "system", "content": system}, *turns])
+
+
+def messages_of(value: Any) -> list[Turn]:
+    """The turns of a list of messages, of a single one, or of columns of messages as `datasets` once kept them."""
+    if isinstance(value, dict):
+        if value and all(isinstance(inner, list) for inner in value.values()):
+            value = [dict(zip(value, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
+        else:
+            value = [value]
+    if not isinstance(value, list):
+        raise ValueError("holds no list of messages")
+    return [turn_of(message) for message in value]
+
+
+def turn_of(message: Any) -> Turn:
+    """A message with `role` and `content`, or `from` and `value`, as a turn."""
+    if not isinstance(message, dict):
+        raise ValueError(f"holds a message that is no object: {message!r:.60}")
+    named = next(((r, c) for r, c in (("role", "content"), ("from", "value")) if message.get(r) is not None), None)
+    if named is None:
+        raise ValueError(f"has a message without role (or from); it has {', '.join(message)}")
+    role = ROLES.get(str(message[named[0]]).strip().lower())
+    if role is None:
+        raise ValueError(f"has a message of the role {message[named[0]]!r:.60}; use one of {', '.join(ROLES)}")
+    more = {key: message[key] for key in PASSED_ON if message.get(key)}
+    if "tool_calls" in more:
+        more["tool_calls"] = calls_of(more["tool_calls"])
+    if named[1] not in message and not more:
+        raise ValueError(f"has a message without {named[1]}; it has {', '.join(message)}")
+    weight = message.get("weight")
+    more |= {} if role != "assistant" or weight is None else {"weight": float(weight)}
+    return {"role": role, "content": content_of(message.get(named[1])), **more}
+
+
+def content_of(content: Any) -> str:
+    """The text of a message: itself, or of its parts one behind the other."""
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict | str) or (isinstance(part, dict) and not isinstance(part.get("text"), str)):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise ValueError(f"has a message with a part of the type {kind}; only text can be trained")
+        return "".join(part if isinstance(part, str) else part["text"] for part in content)
+    if isinstance(content, dict):
+        raise ValueError("has a message whose content is an object; use text")
+    return text_of(content)
+
+
+def calls_of(calls: Any) -> list[Any]:
+    """Calls of tools, with their arguments as objects, which chat templates expect."""
+    made = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError("has tool_calls without the function's name")
+        if isinstance(function.get("arguments"), str):
+            with contextlib.suppress(ValueError):  # else as it is written
+                function = function | {"arguments": nested(function["arguments"])}
+        made.append({**call, "type": "function", "function": function} if "function" in call else function)
+    return made
+
+
+def tools_of(value: Any) -> list[Any] | None:
+    """Descriptions of tools, as JSON Schema."""
+    if value is not None and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
+        raise ValueError("tools is no list of objects")
+    return value or None
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a data set: the user's own columns as text, and how they are read."""
+
+    name: str
+    """KEY=VALUE of the setting that names them, for messages."""
+    table: Dataset
+    form: Form
+    kinds: Kinds
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """Every row as a conversation.
+
+        Raises:
+            SettingsError: for a row that is none, with its number.
+        """
+        wanted = self.table.select_columns([*dict.fromkeys(self.form.columns.values())])
+        number = 0
+        for block in wanted.iter(1000):
+            for cells in zip(*(block[column] for column in self.form.columns.values()), strict=True):
+                number += 1
+                try:
+                    yield self.form.conversation(dict(zip(self.form.columns, cells, strict=True)))
+                except ValueError as error:
+                    raise SettingsError(f"{self.name}: row {number} {error}") from error
+
+    def select(self, numbers: Iterable[int] | np.ndarray) -> "Rows":
+        return replace(self, table=self.table.select(numbers))
+
+    def column(self, name: str) -> list[str]:
+        """The text of a column, empty where there is none."""
+        return [text_of(value) for value in self.table[name]] if name in self.table.column_names else []
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a data set has, before any tokens are made."""
+
+    rows: Rows
+    answers: int
+    """Turns of the assistant that can be trained."""
+    left_out: dict[str, int]
+    """Why rows are left out, with how many."""
+
+    def __str__(self) -> str:
+        line = f"read as {self.rows.form}, {len(self.rows):,} rows, {self.answers:,} assistant turns"
+        return f"{line}; {why}" if (why := left_out(len(self.rows), self.left_out)) else line
+
+    @property
+    def is_mostly_left_out(self) -> bool:
+        return 2 * sum(self.left_out.values()) > len(self.rows)
+
+
+def survey(rows: Rows, fault: Callable[[Conversation], str | None]) -> Survey:
+    """Look at every row, and ask `fault` of one row of each order of roles why it is left out, if it is.
+
+    Raises:
+        SettingsError: for a row that is no conversation.
+    """
+    answers, faults, reasons = 0, dict[Any, str | None](), Counter[str]()
+    for row in rows:
+        count = len(row.answers)
+        answers += count
+        order = (count > 0, bool(row.tools), *(turn["role"] for turn in row.turns))
+        if order not in faults:
+            faults[order] = fault(row) if count else NO_ANSWER
+        if reason := faults[order]:
+            reasons[reason] += 1
+    return Survey(rows, answers, dict(reasons))
+
+
+def left_out(rows: int, reasons: Mapping[str, int]) -> str:
+    """How many rows are left out, and why; empty if none is."""
+    count = sum(reasons.values())
+    why = "; ".join(f"{number:,} {reason}" for reason, number in sorted(reasons.items(), key=lambda item: -item[1]))
+    return f"{count:,} of {rows:,} rows are left out: {why}" if count else ""
+
+
+def conversations(rows: Iterable[Mapping[str, Any]], shape: str = "Alpaca") -> list[Conversation]:
+    """Rows that are at hand as conversations, by the standard names of their columns."""
+    return [READERS[shape](row) for row in rows]

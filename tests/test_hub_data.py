@@ -1,0 +1,104 @@
+"""Instruction data as it lies on the Hub: layouts of well-known data sets, each trained for a round."""
+
+import pytest
+
+import dataset
+from hub import models as hub
+from settings.compose import compose
+from settings.schema import SettingsError
+from tests.conftest import run_locally, small
+from tests.hub.repositories import build
+from tests.hub.server import LocalHub
+
+LAYOUTS = {  # overrides: how it is read
+    "dataset.name=vicgalle/alpaca-gpt4": "Alpaca: instruction, input, output, 400 rows, 400 assistant turns",
+    "dataset.name=databricks/databricks-dolly-15k": (
+        "Dolly: instruction, context, response, 300 rows, 300 assistant turns"
+    ),
+    "dataset.name=Open-Orca/SlimOrca": "chat: conversations, 300 rows, 300 assistant turns",
+    "dataset.name=HuggingFaceH4/ultrachat_200k dataset.split=train_sft": (
+        "chat: messages, 120 rows, 240 assistant turns"
+    ),
+    "dataset.name=HuggingFaceTB/smoltalk dataset.subset=all": "chat: messages, 100 rows, 200 assistant turns",
+    "dataset.name=openai/gsm8k dataset.subset=main dataset.columns={instruction: question, output: answer}": (
+        "Alpaca: question, answer, 200 rows, 200 assistant turns"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    build(root, *(layout.split()[0].partition("=")[2] for layout in LAYOUTS))
+    return root
+
+
+@pytest.fixture
+def local(repositories, tmp_path, monkeypatch):
+    """The Hub of the tests, for this process, with empty caches."""
+    with LocalHub(repositories) as server:
+        for name, value in {
+            "huggingface_hub.constants.ENDPOINT": server.url,
+            "huggingface_hub.constants.HF_HUB_CACHE": str(tmp_path / "hub"),
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE": (
+                f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            ),
+            "huggingface_hub.constants.HF_HUB_OFFLINE": False,
+            "datasets.config.HF_ENDPOINT": server.url,
+            "datasets.config.HF_DATASETS_CACHE": tmp_path / "rows",
+            "datasets.config.HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        hub.forget()
+        yield server
+        hub.forget()
+
+
+def overrides(layout: str) -> list[str]:
+    return [f"dataset.{part}" for part in layout.removeprefix("dataset.").split(" dataset.")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_of_the_hub_is_read_and_trained_for_a_round(layout, local, tmp_path):
+    config = small(*overrides(layout), "num_rounds=1", "num_clients=2", "train.training_arguments.max_steps=1")
+    rows = dataset.load_rows(config.dataset)
+    assert str(dataset.survey(rows, lambda row: None)) == f"read as {LAYOUTS[layout]}"
+    assert rows.select([0]).__iter__().__next__().answers
+    _, summary = run_locally(config, tmp_path / "run")
+    assert 0 < summary["final_train_loss"] < 20
+
+
+def test_answers_of_a_configuration_are_its_own(local):
+    layout = next(text for text in LAYOUTS if "gsm8k" in text)
+    for name in ("main", "socratic"):
+        config = compose([*overrides(layout), f"dataset.subset={name}", "dataset.split=test"]).dataset
+        rows = dataset.load_rows(config)
+        assert len(rows) == 20
+        assert all(answer.endswith(f"#### {name}") for answer in rows.column("answer"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("dataset.name=openai/gsm8k", "dataset.subset=null: openai/gsm8k has main, socratic; choose one"),
+        ("dataset.name=openai/gsm8k dataset.subset=x", "dataset.subset=x: openai/gsm8k has main, socratic; choose one"),
+        (
+            "dataset.name=HuggingFaceH4/ultrachat_200k",
+            "dataset.split=train: HuggingFaceH4/ultrachat_200k has train_sft,",
+        ),
+        ("dataset.name=openai/gsm8k dataset.subset=main", "has no columns that make a row (it has question, answer)"),
+    ],
+)
+def test_what_has_to_be_chosen_is_said(asked, message, local):
+    with pytest.raises(SettingsError) as raised:
+        dataset.load_rows(compose(overrides(asked)).dataset)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cloned_repository_is_read_as_on_the_hub(layout, local, repositories):
+    config = compose(overrides(layout)).dataset
+    rows = dataset.load_rows(config)
+    config.name = str(repositories / "datasets" / config.name)
+    assert dataset.load_rows(config).table[:] == rows.table[:]
