@@ -49,7 +49,7 @@ def most(process: subprocess.Popen, *fields: str) -> dict[str, int]:
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_merging_takes_at_most_twice_the_memory_of_its_file_and_what_it_said(large, kind, tmp_path):
     base, adapter = large
-    command = [sys.executable, "test.py", f"--peft-path={adapter}", f"--merge={tmp_path / 'out'}"]
+    command = [sys.executable, "test.py", f"--peft-path={adapter}", f"--base={base}", f"--merge={tmp_path / 'out'}"]
     run = subprocess.Popen(
         [*command, f"--merge-dtype={kind}"],
         cwd=SUITE_FOLDER,
