@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def most(process: subprocess.Popen, *fields: str) -> dict[str, int]:
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_merging_takes_at_most_twice_the_memory_of_its_file_and_what_it_said(large, kind, tmp_path):
     base, adapter = large
-    command = [sys.executable, "test.py", f"--peft-path={adapter}", f"--merge={tmp_path / 'out'}"]
+    command = [sys.executable, "test.py", f"--peft-path={adapter}", f"--base={base}", f"--merge={tmp_path / 'out'}"]
     run = subprocess.Popen(
         [*command, f"--merge-dtype={kind}"],
         cwd=SUITE_FOLDER,
@@ -67,6 +68,6 @@ def test_merging_takes_at_most_twice_the_memory_of_its_file_and_what_it_said(lar
 
 
 def test_merging_that_the_disk_has_no_room_for_is_refused_before(monkeypatch, tmp_path):
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: (10**12, 10**12, 10**9))
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     with pytest.raises(SettingsError, match=r"needs about 1.* of memory, and 2.0 GB of disk .* has 1.0 GB left"):
         merging.Need(file=10**9, shard=10**8, layer=10**8).check_disk(tmp_path / "new" / "folder")
