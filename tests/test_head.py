@@ -77,6 +77,36 @@ def test_loss_and_gradients_are_those_of_full_logits(kind, at_once, monkeypatch)
         torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
 
 
+def seeing():
+    """A model with a vision tower, whose decoder is not its first part."""
+    return transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config=SHAPES | {"query_pre_attn_scalar": 8},
+            vision_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                           "image_size": 16, "patch_size": 8},
+            mm_tokens_per_image=4, image_token_index=290, boi_token_index=291, eoi_token_index=292,
+        )
+    )  # fmt: skip
+
+
+def old():
+    """GPT-2, whose decoder and layers have other names."""
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=300, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1,
+            eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [seeing, old])
+def test_other_layouts_have_the_loss_of_full_logits_too(make):
+    torch.manual_seed(0)
+    model, batch = make().double().train(), collate(rows_of(20, 13))
+    found = head.labelled(model, batch).loss()
+    torch.testing.assert_close(found, of_full_logits(model.eval(), batch), rtol=1e-9, atol=0)
+
+
 def test_a_mixture_of_experts_keeps_what_balances_its_load():
     model = tiny("Mixtral", {"num_local_experts": 4, "output_router_logits": True}, {}).float()  # has no float64
     batch = collate(rows_of(20, 13))
