@@ -13,11 +13,11 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -78,13 +78,19 @@ def load_rows(cfg: DatasetConfig) -> Rows:
     Raises:
         SettingsError: if there is no such data set, it cannot be read, or its columns make no rows.
     """
+    return as_rows(read_table(cfg), cfg.columns, f"dataset.name={cfg.name}")
+
+
+def read_table(cfg: DatasetConfig) -> Table:
     disable_progress_bars()
-    name, path = f"dataset.name={cfg.name}", local_rows(cfg.name)
-    table = read_local(cfg, path) if path else read_hub(cfg)
+    path = local_rows(cfg.name)
+    return read_local(cfg, path) if path else read_hub(cfg)
+
+
+def as_rows(table: Table, columns: Mapping[str, Any], name: str) -> Rows:
     if not table.columns.num_rows:
         raise SettingsError(f"{name}: has no rows")
-    form = form_of(table, cfg.columns, name)
-    return Rows(name, Dataset(table.columns, fingerprint="rows"), form, table.kinds)
+    return Rows(name, Dataset(table.columns, fingerprint="rows"), form_of(table, columns, name), table.kinds)
 
 
 def local_rows(name: str, key: str = "dataset.name") -> Path | None:
@@ -100,16 +106,14 @@ def local_rows(name: str, key: str = "dataset.name") -> Path | None:
 
 
 def load_eval_rows(cfg: DatasetConfig) -> Rows:
-    """All rows of `dataset.eval_name`, as `load_rows` has them."""
+    """All rows of `dataset.eval_name`, as `load_rows` has them; `dataset.columns` counts if it has all these columns."""
     try:
-        rows = load_rows(replace(cfg, name=str(cfg.eval_name), split=cfg.eval_split))
+        table = read_table(replace(cfg, name=str(cfg.eval_name), split=cfg.eval_split))
+        fits = {*filter(None, cfg.columns.values())} <= {*table.columns.column_names}
+        return as_rows(table, cfg.columns if fits else {}, f"dataset.eval_name={cfg.eval_name}")
     except (SettingsError, RunError) as error:
-        raise type(error)(as_eval(str(error))) from error
-    return replace(rows, name=as_eval(rows.name))
-
-
-def as_eval(words: str) -> str:
-    return words.replace("dataset.name=", "dataset.eval_name=").replace("dataset.split=", "dataset.eval_split=")
+        words = str(error).replace("dataset.name=", "dataset.eval_name=")
+        raise type(error)(words.replace("dataset.split=", "dataset.eval_split=")) from error
 
 
 def has_text(cfg: DatasetConfig, folder: Path) -> bool:
@@ -345,14 +349,21 @@ def show(options: argparse.Namespace) -> None:
         display.show(rows, made, tokenizer, limit, 3 if options.rows is None else options.rows)
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers what it cannot read with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message.removeprefix('argument ')}; `python dataset.py --help` lists all arguments")
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python dataset.py", description="See rows as they are trained.")
+    parser = Parser(prog="python dataset.py", description="See rows as they are trained.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for main.py")
     parser.add_argument("--rows", type=int, metavar="N", help="rows that are shown: by default 3, with --json all")
     parser.add_argument("--json", action="store_true", help="one object a row, with its tokens and labels")
     options = parser.parse_intermixed_args(arguments)
     if options.rows is not None and options.rows < 0:
-        parser.error(f"--rows={options.rows}: use a number of at least 0")
+        raise SettingsError(f"--rows={options.rows}: use a number of at least 0")
     return options
 
 
