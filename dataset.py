@@ -23,10 +23,10 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_from_disk
 
-from data.cells import NUMBER, TEXT, TRUTH, text_of
+from data.cells import NUMBER, TEXT, TRUTH
 from data.display import alarm
 from data.files import data_files, is_saved, kind_of
-from data.forms import NO_ANSWER, Conversation, Rows, Survey, as_message, conversations, form_of, messages_of, survey
+from data.forms import NO_ANSWER, Conversation, Rows, Survey, as_message, form_of, messages_of, survey
 from data.reading import cells_of_rows, rows_of
 from data.table import Reading, Table, places, table_of
 from data.templates import (
@@ -44,7 +44,6 @@ from data.tokens import (
     IGNORED,
     Partition,
     encode_prompt,
-    encode_response,
     encoded,
     fault,
     fit,
@@ -61,9 +60,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATE_CODES", "IGNORED", "NO_ANSWER", "TEMPLATE_FOLDER", "TODAY", "Conversation", "Partition", "Rows",
-    "Survey", "alarm", "as_message", "conversations", "encode_prompt", "encode_response", "encode_text", "end_ids",
+    "Survey", "alarm", "as_message", "encode_prompt", "encode_text", "end_ids",
     "fault", "find_template", "fit", "kind_of", "load_partition", "local_path", "messages_of", "on_one_day",
-    "own_template", "read_template", "save_partition", "survey", "text_of", "tokenize_rows",
+    "own_template", "read_template", "save_partition", "survey", "tokenize_rows",
 ]  # fmt: skip
 
 ROW_NUMBER = "_row_number"  # a column beside the user's own, by which partitioners say which rows are whose
@@ -106,7 +105,7 @@ def local_rows(name: str, key: str = "dataset.name") -> Path | None:
 
 
 def load_eval_rows(cfg: DatasetConfig) -> Rows:
-    """All rows of `dataset.eval_name`, as `load_rows` has them; `dataset.columns` counts if it has all these columns."""
+    """All rows of `dataset.eval_name`, as `load_rows` has them; `dataset.columns` counts if it has all of them."""
     try:
         table = read_table(replace(cfg, name=str(cfg.eval_name), split=cfg.eval_split))
         fits = {*filter(None, cfg.columns.values())} <= {*table.columns.column_names}
