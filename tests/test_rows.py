@@ -317,6 +317,20 @@ def test_what_cannot_be_read_is_refused_with_its_place(what, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["data[1].jsonl", "a::b, {c}.jsonl", "$x 'y'.jsonl", '"q".jsonl', "1e3", "null", "a\\.jsonl"]
+)
+def test_path_needs_no_quotes_for_hydra(name, tmp_path):
+    file = tmp_path / name
+    file.mkdir()
+    (file / "d.jsonl").write_bytes(lines(ROWS))
+    from settings.compose import compose
+
+    config = compose([f"dataset.name={file}", f"dataset.eval_name={file}"]).dataset
+    assert (config.name, config.eval_name) == (str(file), str(file))
+    assert dataset.load_rows(config).column("output") == RIGHT
+
+
 def test_labels_are_read_by_their_names(tmp_path):
     features = datasets.Features(
         {"instruction": datasets.Value("string"), "output": datasets.ClassLabel(names=["ham", "spam"]),
