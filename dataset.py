@@ -13,20 +13,20 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_from_disk
 
-from data.cells import NUMBER, TEXT, TRUTH, text_of
+from data.cells import NUMBER, TEXT, TRUTH
 from data.display import alarm
 from data.files import data_files, is_saved, kind_of
-from data.forms import NO_ANSWER, Conversation, Rows, Survey, as_message, conversations, form_of, messages_of, survey
+from data.forms import NO_ANSWER, Conversation, Rows, Survey, as_message, form_of, messages_of, survey
 from data.reading import cells_of_rows, rows_of
 from data.table import Reading, Table, places, table_of
 from data.templates import (
@@ -44,7 +44,6 @@ from data.tokens import (
     IGNORED,
     Partition,
     encode_prompt,
-    encode_response,
     encoded,
     fault,
     fit,
@@ -61,9 +60,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATE_CODES", "IGNORED", "NO_ANSWER", "TEMPLATE_FOLDER", "TODAY", "Conversation", "Partition", "Rows",
-    "Survey", "alarm", "as_message", "conversations", "encode_prompt", "encode_response", "encode_text", "end_ids",
+    "Survey", "alarm", "as_message", "encode_prompt", "encode_text", "end_ids",
     "fault", "find_template", "fit", "kind_of", "load_partition", "local_path", "messages_of", "on_one_day",
-    "own_template", "read_template", "save_partition", "survey", "text_of", "tokenize_rows",
+    "own_template", "read_template", "save_partition", "survey", "tokenize_rows",
 ]  # fmt: skip
 
 ROW_NUMBER = "_row_number"  # a column beside the user's own, by which partitioners say which rows are whose
@@ -78,13 +77,19 @@ def load_rows(cfg: DatasetConfig) -> Rows:
     Raises:
         SettingsError: if there is no such data set, it cannot be read, or its columns make no rows.
     """
+    return as_rows(read_table(cfg), cfg.columns, f"dataset.name={cfg.name}")
+
+
+def read_table(cfg: DatasetConfig) -> Table:
     disable_progress_bars()
-    name, path = f"dataset.name={cfg.name}", local_rows(cfg.name)
-    table = read_local(cfg, path) if path else read_hub(cfg)
+    path = local_rows(cfg.name)
+    return read_local(cfg, path) if path else read_hub(cfg)
+
+
+def as_rows(table: Table, columns: Mapping[str, Any], name: str) -> Rows:
     if not table.columns.num_rows:
         raise SettingsError(f"{name}: has no rows")
-    form = form_of(table, cfg.columns, name)
-    return Rows(name, Dataset(table.columns, fingerprint="rows"), form, table.kinds)
+    return Rows(name, Dataset(table.columns, fingerprint="rows"), form_of(table, columns, name), table.kinds)
 
 
 def local_rows(name: str, key: str = "dataset.name") -> Path | None:
@@ -100,16 +105,14 @@ def local_rows(name: str, key: str = "dataset.name") -> Path | None:
 
 
 def load_eval_rows(cfg: DatasetConfig) -> Rows:
-    """All rows of `dataset.eval_name`, as `load_rows` has them."""
+    """All rows of `dataset.eval_name`, as `load_rows` has them; `dataset.columns` counts if it has all of them."""
     try:
-        rows = load_rows(replace(cfg, name=str(cfg.eval_name), split=cfg.eval_split))
+        table = read_table(replace(cfg, name=str(cfg.eval_name), split=cfg.eval_split))
+        fits = {*filter(None, cfg.columns.values())} <= {*table.columns.column_names}
+        return as_rows(table, cfg.columns if fits else {}, f"dataset.eval_name={cfg.eval_name}")
     except (SettingsError, RunError) as error:
-        raise type(error)(as_eval(str(error))) from error
-    return replace(rows, name=as_eval(rows.name))
-
-
-def as_eval(words: str) -> str:
-    return words.replace("dataset.name=", "dataset.eval_name=").replace("dataset.split=", "dataset.eval_split=")
+        words = str(error).replace("dataset.name=", "dataset.eval_name=")
+        raise type(error)(words.replace("dataset.split=", "dataset.eval_split=")) from error
 
 
 def has_text(cfg: DatasetConfig, folder: Path) -> bool:
@@ -345,14 +348,21 @@ def show(options: argparse.Namespace) -> None:
         display.show(rows, made, tokenizer, limit, 3 if options.rows is None else options.rows)
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers what it cannot read with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message.removeprefix('argument ')}; `python dataset.py --help` lists all arguments")
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python dataset.py", description="See rows as they are trained.")
+    parser = Parser(prog="python dataset.py", description="See rows as they are trained.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for main.py")
     parser.add_argument("--rows", type=int, metavar="N", help="rows that are shown: by default 3, with --json all")
     parser.add_argument("--json", action="store_true", help="one object a row, with its tokens and labels")
     options = parser.parse_intermixed_args(arguments)
     if options.rows is not None and options.rows < 0:
-        parser.error(f"--rows={options.rows}: use a number of at least 0")
+        raise SettingsError(f"--rows={options.rows}: use a number of at least 0")
     return options
 
 

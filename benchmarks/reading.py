@@ -50,8 +50,9 @@ def read_here(path: str, clients: int) -> dict[str, float]:
 
 
 def read_there(path: str, clients: int) -> dict[str, float]:
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
 
+    disable_progress_bars()
     before, start = peak_resident_bytes(), time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         load_dataset("json", data_files=path, split="train", cache_dir=cache)

@@ -117,7 +117,8 @@ def form_of(table: Table, chosen: Mapping[str, Any], name: str) -> Form:
     Raises:
         SettingsError: if there is none, if there are several, or if a column holds what it cannot.
     """
-    found = assigned(table.columns.column_names, chosen, name)
+    options = assigned(table.columns.column_names, chosen, name)
+    found = {key: columns[0] for key, columns in options.items()}
     asked = {key for key, column in standard(chosen).items() if column is not None}
     fits = [
         shape for shape, (needed, more) in SHAPES.items() if found.keys() >= {*needed} and {*needed, *more} >= asked
@@ -128,14 +129,19 @@ def form_of(table: Table, chosen: Mapping[str, Any], name: str) -> Form:
         names = ", ".join(table.columns.column_names)
         raise SettingsError(f"{name}: has no columns that make a row (it has {names}); {HOW}")
     if len(fits) > 1:
-        options = [f"{shape} ({', '.join(found[key] for key in SHAPES[shape][0])})" for shape in fits]
+        shapes = [f"{shape} ({', '.join(found[key] for key in SHAPES[shape][0])})" for shape in fits]
         key = SHAPES[fits[0]][0][0]
         raise SettingsError(
-            f"{name}: can be read as {' and as '.join(options)}; choose one with its column, such as "
+            f"{name}: can be read as {' and as '.join(shapes)}; choose one with its column, such as "
             f"dataset.columns={{{key}: {found[key]}}}"
         )
     needed, more = SHAPES[fits[0]]
     columns = {key: found[key] for key in COLUMNS if key in found and key in (*needed, *more)}
+    if twice := next((key for key in columns if len(options[key]) > 1), None):
+        raise SettingsError(
+            f"{name}: has the columns {' and '.join(options[twice])}, which mean the same; choose one with "
+            f"dataset.columns={{{twice}: {columns[twice]}}}"
+        )
     check_kinds(columns, table.kinds, name)
     held = {key: any(kind in table.kinds.get(column, {}) for kind in NESTED) for key, column in columns.items()}
     return Form(fits[0], columns, held)
@@ -153,8 +159,8 @@ def standard(chosen: Mapping[str, Any]) -> dict[str, Any]:
     return {uses[key]: column for key, column in chosen.items()}
 
 
-def assigned(names: Sequence[str], chosen: Mapping[str, Any], name: str) -> dict[str, str]:
-    """The columns by what they are for: as chosen, or by their names."""
+def assigned(names: Sequence[str], chosen: Mapping[str, Any], name: str) -> dict[str, list[str]]:
+    """The columns by what they can be for: as chosen, or by their names."""
     found = {}
     given = standard(chosen)
     for key, column in given.items():
@@ -165,13 +171,8 @@ def assigned(names: Sequence[str], chosen: Mapping[str, Any], name: str) -> dict
         here = [column for column in known if column in names and column not in taken]
         if key in given:
             here = [given[key]] if given[key] is not None else []
-        if len(here) > 1:
-            raise SettingsError(
-                f"{name}: has the columns {' and '.join(here)}, which mean the same; choose one with "
-                f"dataset.columns={{{key}: {here[0]}}}"
-            )
         if here:
-            found[key] = here[0]
+            found[key] = here
     return found
 
 
@@ -394,8 +395,3 @@ def left_out(rows: int, reasons: Mapping[str, int]) -> str:
     count = sum(reasons.values())
     why = "; ".join(f"{number:,} {reason}" for reason, number in sorted(reasons.items(), key=lambda item: -item[1]))
     return f"{count:,} of {rows:,} rows are left out: {why}" if count else ""
-
-
-def conversations(rows: Iterable[Mapping[str, Any]], shape: str = "Alpaca") -> list[Conversation]:
-    """Rows that are at hand as conversations, by the standard names of their columns."""
-    return [READERS[shape](row) for row in rows]

@@ -187,10 +187,6 @@ def table_of(rows: Iterable[tuple[tuple[str, int], Mapping[str, Any]]]) -> Table
     return writer.finish(place)
 
 
-def sizes_of(files: Iterable[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
-
-
 def places(name: str, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[tuple[str, int], Any]]:
     for number, row in rows:
         yield (name, number), row

@@ -79,14 +79,6 @@ def encode_prompt(
     return encode_text(tokenizer, render(tokenizer, template, turns, tools, for_response=True))
 
 
-def encode_response(
-    tokenizer: PreTrainedTokenizerBase, template: str, message: Mapping[str, str], response: str
-) -> list[int]:
-    """Token ids of the response to a single message."""
-    turns = [dict(message), {"role": "assistant", "content": response}]
-    return parts_of(tokenizer, template, Conversation(turns), [1])[1].ids
-
-
 def encode_row(
     tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, limit: int, train_on: str
 ) -> Encoded:

@@ -1,5 +1,6 @@
 """Hydra's grammar of the command line: overrides read, and written so that Hydra reads the same values back."""
 
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,21 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 ALIASES = {"fraction_fit.fraction_fit": "strategy.fraction_fit"}
+PATHS = ("dataset.name", "dataset.eval_name", "dataset.template", "model.name")
 
 
 def canonical(overrides: Sequence[str]) -> list[str]:
-    """Overrides with documented other spellings of a key replaced by the key."""
+    """Overrides with documented other spellings of a key replaced by the key, and paths that are there in quotes."""
     pattern = re.compile(r"^\+{0,2}(" + "|".join(map(re.escape, ALIASES)) + ")=")
-    return [pattern.sub(lambda found: ALIASES[found[1]] + "=", override) for override in overrides]
+    return [pattern.sub(lambda found: ALIASES[found[1]] + "=", in_quotes(override)) for override in overrides]
+
+
+def in_quotes(override: str) -> str:
+    """KEY=PATH with the path in quotes, if something is there that Hydra would not take for text as it stands."""
+    key, _, value = override.partition("=")
+    if key.lstrip("+") in PATHS and os.path.exists(os.path.expanduser(value)) and not reads_back(value):  # noqa: PTH110, PTH111
+        return f"{key}={quoted(value)}"
+    return override
 
 
 def parsed(override: str) -> Override:

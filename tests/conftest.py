@@ -22,6 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 import client
 import main
 from client import Site, client_app
+from data.forms import Conversation, from_alpaca
 from dataset import TEMPLATE_FOLDER
 from exchange.guard import REPORT
 from exchange.transfer import decode, encode, to_record
@@ -74,6 +75,11 @@ SMALL = [
     "train.training_arguments.per_device_train_batch_size=4",
     "train.micro_batch_size=2",
 ]
+
+
+def conversations(rows: Iterable[dict]) -> list[Conversation]:
+    """Rows with Alpaca's columns as what they say."""
+    return [from_alpaca(row) for row in rows]
 
 
 def small(*overrides: str) -> RunConfig:

@@ -25,7 +25,7 @@ from learning import answering, tuned
 from learning.evaluation import generate, held_out, losses_on, prompt_of, score
 from runs.runfolder import find_checkpoint
 from settings.schema import SettingsError
-from tests.conftest import small
+from tests.conftest import conversations, small
 from utils import SUITE_FOLDER, read_json_lines
 
 ALPACA = dataset.find_template("alpaca").read_text()
@@ -86,7 +86,7 @@ def test_template_is_what_was_asked_for_else_the_adapters_else_the_tokenizers_el
 
 def test_prompt_ids_equal_those_of_training_up_to_the_response(answerer):
     for row in HELDOUT[:20]:
-        partition = dataset.tokenize_rows(dataset.conversations([row]), answerer.tokenizer, ALPACA, 512)
+        partition = dataset.tokenize_rows(conversations([row]), answerer.tokenizer, ALPACA, 512)
         assert answerer.prompt([dataset.as_message(row)]) == prompt_of(partition.row(0))
 
 

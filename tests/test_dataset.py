@@ -10,7 +10,7 @@ import dataset
 from dataset import IGNORED
 from settings.compose import compose
 from settings.schema import SettingsError
-from tests.conftest import small
+from tests.conftest import conversations, small
 
 ALPACA = dataset.find_template("alpaca").read_text()
 ROW = {"instruction": "Name a colour.", "input": "red, blue", "output": "red"}
@@ -22,7 +22,7 @@ def tokenizer():
 
 
 def tokenized(tokenizer, rows, limit=128):
-    return dataset.tokenize_rows(dataset.conversations(rows), tokenizer, ALPACA, limit)
+    return dataset.tokenize_rows(conversations(rows), tokenizer, ALPACA, limit)
 
 
 def test_alpaca_prompt_holds_instruction_and_input(tokenizer):
@@ -54,7 +54,7 @@ def test_only_response_and_eos_carry_loss(tokenizer):
 @pytest.mark.parametrize("name", ["alpaca", "vicuna_v1.1"])
 def test_training_ids_start_with_the_ids_that_generation_starts_from(tokenizer, name):
     template = dataset.find_template(name).read_text()
-    partition = dataset.tokenize_rows(dataset.conversations([ROW]), tokenizer, template, 512)
+    partition = dataset.tokenize_rows(conversations([ROW]), tokenizer, template, 512)
     prompt = dataset.encode_prompt(tokenizer, template, [dataset.as_message(ROW)])
     assert partition.row(0)["input_ids"][: len(prompt)] == prompt
     assert partition.row(0)["labels"][len(prompt)] != IGNORED

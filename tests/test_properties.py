@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dataset import conversations, load_rows, partition_of, partition_rows, text_of, tokenize_rows
+from data.cells import text_of
+from dataset import load_rows, partition_of, partition_rows, tokenize_rows
 from model import read_tokenizer
 from server import plan
 from settings.compose import checked, one_line
 from settings.schema import CONFIG_FOLDER, DatasetConfig, SettingsError, setting_names
-from tests.conftest import small
+from tests.conftest import conversations, small
 
 OFTEN = [300, pytest.param(2000, marks=pytest.mark.slow)]
 FEW = [100, pytest.param(2000, marks=pytest.mark.slow)]
@@ -211,9 +212,8 @@ def test_any_text_is_text_and_never_a_marker(count):
         assert 0 < len(ids) <= limit
         assert learnt == ids[-len(learnt) :]
         inside = [token for token in ids if token in special - {tokenizer.unk_token_id}]
-        plain = tokenize_rows(conversations([dict.fromkeys(COLUMNS, "x")]), tokenizer, template, 600).row(0)[
-            "input_ids"
-        ]
+        harmless = conversations([dict.fromkeys(COLUMNS, "x")])
+        plain = tokenize_rows(harmless, tokenizer, template, 600).row(0)["input_ids"]
         expected = [token for token in plain if token in special - {tokenizer.unk_token_id}]
         assert inside == expected or (made.counts["cut"] and inside == expected[: len(inside)])
 

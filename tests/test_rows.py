@@ -317,6 +317,20 @@ def test_what_cannot_be_read_is_refused_with_its_place(what, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["data[1].jsonl", "a::b, {c}.jsonl", "$x 'y'.jsonl", '"q".jsonl', "1e3", "null", "a\\.jsonl"]
+)
+def test_path_needs_no_quotes_for_hydra(name, tmp_path):
+    file = tmp_path / name
+    file.mkdir()
+    (file / "d.jsonl").write_bytes(lines(ROWS))
+    from settings.compose import compose
+
+    config = compose([f"dataset.name={file}", f"dataset.eval_name={file}"]).dataset
+    assert (config.name, config.eval_name) == (str(file), str(file))
+    assert dataset.load_rows(config).column("output") == RIGHT
+
+
 def test_labels_are_read_by_their_names(tmp_path):
     features = datasets.Features(
         {"instruction": datasets.Value("string"), "output": datasets.ClassLabel(names=["ham", "spam"]),
@@ -368,3 +382,22 @@ def test_rows_that_lie_in_a_file_are_those_that_were_read(tmp_path, monkeypatch)
     assert rows.column("output") == RIGHT
     assert rows.column("more 1") == [str(n) if n // 7 == 1 else "" for n in range(24)]
     assert [row.turns[-1]["content"] for row in rows.select([20, 3])] == [RIGHT[20], RIGHT[3]]
+
+
+def test_held_out_rows_may_have_another_shape_than_those_that_are_trained(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines([{"question": "x", "answer": "y"}]))
+    (tmp_path / "b.jsonl").write_bytes(lines(ROWS))
+    columns = "dataset.columns={instruction: question, output: answer}"
+    rows = dataset.load_eval_rows(config_of(tmp_path / "a.jsonl", columns, f"dataset.eval_name={tmp_path / 'b.jsonl'}"))
+    assert [row.turns[-1]["content"] for row in rows] == RIGHT
+
+
+def test_arguments_that_cannot_be_read_get_one_line():
+    for arguments, message in (
+        (["--rows=x"], "--rows: invalid int value: 'x'; `python dataset.py --help` lists all arguments"),
+        (["--rows=-1"], "--rows=-1: use a number of at least 0"),
+        (["--jsn"], "unrecognized arguments: --jsn"),
+    ):
+        with pytest.raises(SettingsError) as raised:
+            dataset.parse(arguments)
+        assert message in str(raised.value)

@@ -9,6 +9,8 @@ from transformers import AutoTokenizer
 
 import dataset
 import model as adapters
+from data.forms import Conversation
+from data.tokens import encode_row
 from dataset import end_ids
 from settings.compose import compose
 from settings.schema import SettingsError
@@ -41,9 +43,10 @@ def chat(request, root):
 
 
 def encoded(tokenizer, template, question=QUESTION, answer=ANSWER):
-    message = dataset.as_message({"instruction": question})
-    prompt = dataset.encode_prompt(tokenizer, template, [message])
-    return prompt, dataset.encode_response(tokenizer, template, message, answer)
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    prompt, response = encode_row(tokenizer, template, Conversation(turns), 4096, "all").parts
+    assert prompt.ids == dataset.encode_prompt(tokenizer, template, turns[:1])
+    return prompt.ids, response.ids
 
 
 def test_prompt_and_response_are_the_tokens_of_the_whole_conversation(chat):
