@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import os
@@ -386,7 +387,8 @@ def main() -> int:
     send_nothing_home()
     leave_unusable_home()
     quiet_transformers()
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  of a terminal that cannot show everything
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
     try:
         show(parse(sys.argv[1:]))
     except (SettingsError, RunError) as error:
