@@ -30,24 +30,13 @@ from data.files import data_files, is_saved, kind_of
 from data.forms import NO_ANSWER, Conversation, Rows, Survey, as_message, form_of, messages_of, survey
 from data.reading import cells_of_rows, rows_of
 from data.table import Reading, Table, places, table_of
-from data.templates import (
-    DATE_CODES,
-    TEMPLATE_FOLDER,
-    TODAY,
-    encode_text,
-    end_ids,
-    find_template,
-    on_one_day,
-    own_template,
-    read_template,
-)
+from data.templates import encode_text, end_ids, find_template, read_template
 from data.tokens import (
     IGNORED,
     Partition,
     encode_prompt,
     encoded,
     fault,
-    fit,
     load_partition,
     save_partition,
     tokenize_rows,
@@ -60,10 +49,9 @@ if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 __all__ = [
-    "DATE_CODES", "IGNORED", "NO_ANSWER", "TEMPLATE_FOLDER", "TODAY", "Conversation", "Partition", "Rows",
-    "Survey", "alarm", "as_message", "encode_prompt", "encode_text", "end_ids",
-    "fault", "find_template", "fit", "kind_of", "load_partition", "local_path", "messages_of", "on_one_day",
-    "own_template", "read_template", "save_partition", "survey", "tokenize_rows",
+    "IGNORED", "NO_ANSWER", "Partition", "Rows", "Survey", "alarm", "as_message", "encode_prompt", "encode_text",
+    "end_ids", "fault", "find_template", "kind_of", "load_partition", "messages_of", "read_template",
+    "save_partition", "survey", "tokenize_rows",
 ]  # fmt: skip
 
 ROW_NUMBER = "_row_number"  # a column beside the user's own, by which partitioners say which rows are whose
@@ -368,7 +356,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def tokenizer_for(config: Any, overrides: Sequence[str]) -> Any:
-    """The model's tokenizer. If that of the default model is not to be had here, the bundled one, which is said."""
+    """The model's tokenizer; where the default model's cannot be loaded, the bundled one, with a warning."""
     from model import read_tokenizer
 
     try:

@@ -1,4 +1,4 @@
-"""Small pure helpers that several modules share: paths, schedule, seeds, files, metrics."""
+"""Small helpers that several modules share: paths, schedule, seeds, environment, logging, files, metrics."""
 
 import atexit
 import contextlib
@@ -210,7 +210,7 @@ def sync(*paths: Path) -> None:
 
 
 def write_digests(folder: Path) -> None:
-    """Note the SHA-256 of every file in `folder`, for `torn_files`."""
+    """Note the SHA-256 of every file in `folder` but FOR_PEOPLE, for `torn_files`."""
     files = [file for file in sorted(folder.iterdir()) if file.name not in FOR_PEOPLE]
     write_json(folder / DIGESTS_FILE, {file.name: file_sha256(file) for file in files})
 
@@ -319,7 +319,7 @@ def peak_resident_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Let `peak_resident_bytes` start anew, where the system allows it."""
+    """Let `peak_resident_bytes` start again from now, where the system allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 

@@ -2,7 +2,7 @@
 
 Client-rounds on OpenLLaMA shapes with random weights: memory and time do not depend on the values, so nothing is
 downloaded, and the weights are made on the device. A case is MODEL:BITS:ROWS, with so many rows in a pass; `:whole`
-behind it means without checkpointing. For each: peak memory allocated and reserved, seconds of an optimizer step,
+after it means without checkpointing. For each: peak memory allocated and reserved, seconds of an optimizer step,
 tokens a second, and the share of the device's measured bf16 matrix rate. MODEL:BITS:naive has the settings of
 well-known examples on the same device (fp4 with float32 compute, float32 norms and embeddings, one pass of all rows,
 an attention mask, full logits). `--kernels` adds where a step's time goes on the device.

@@ -1,6 +1,7 @@
-"""python -m benchmarks.start_up [--repeat=5]: seconds from the command to the end of the first optimizer step.
+"""python -m benchmarks.start_up [--repeat=5]: seconds from the command to the end of a first round of one step.
 
-Runs `python main.py experiment=quickstart` with one round of one step and waits for the round's line.
+Runs `python main.py experiment=quickstart` with that round alone and waits for its line: the evaluations before and
+after the round are included.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from utils import SUITE_FOLDER
 
 
 def first_step_s(folder: str) -> float:
-    """Seconds until a new process has trained one step and said so."""
+    """Seconds until a new process has done a round of one step and said so."""
     command = [sys.executable, "main.py", "experiment=quickstart", "num_rounds=1", f"hydra.run.dir={folder}"]
     start = time.perf_counter()
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What the columns of a data set say, as a conversation: the one form that everything behind reads.
+"""What the columns of a data set say, as a conversation: the one form that all later steps read.
 
 A conversation is a list of turns, each with `role` and `content`, and the tools that could be called, if there are any.
 Turns of the role "text" are plain text, all of which is trained.
@@ -43,7 +43,7 @@ ROLES = {
     "bot": "assistant", "chatgpt": "assistant", "system": "system", "developer": "developer", "tool": "tool",
     "function": "tool", "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
-PASSED_ON = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # of a message, to the chat template
+TURN_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # of a message, to the chat template
 HOW = (
     "use instruction and output (Alpaca), instruction, context and response (Dolly), messages or conversations (chat), "
     "prompt and completion, or text; or say which is which: dataset.columns={instruction: question, output: answer}"
@@ -233,7 +233,7 @@ READERS = {"Alpaca": from_alpaca, "chat": from_chat, "prompt and completion": fr
 
 
 def with_system(row: Mapping[str, Any], turns: list[Turn]) -> Conversation:
-    """The turns behind the system prompt of a column, if it holds one."""
+    """The turns, after the system prompt of a column if it holds one."""
     system = text_of(row.get("system"))
     if not system.strip():
         return Conversation(turns)
@@ -269,7 +269,7 @@ def turn_of(message: Any) -> Turn:
     role = ROLES.get(str(message[named[0]]).strip().lower())
     if role is None:
         raise ValueError(f"has a message of the role {message[named[0]]!r:.60}; use one of {', '.join(ROLES)}")
-    more = {key: message[key] for key in PASSED_ON if message.get(key)}
+    more = {key: message[key] for key in TURN_KEYS if message.get(key)}
     if "tool_calls" in more:
         more["tool_calls"] = calls_of(more["tool_calls"])
     if named[1] not in message and not more:
@@ -280,7 +280,7 @@ def turn_of(message: Any) -> Turn:
 
 
 def content_of(content: Any) -> str:
-    """The text of a message: itself, or of its parts one behind the other."""
+    """The text of a message: itself, or its parts joined."""
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict | str) or (isinstance(part, dict) and not isinstance(part.get("text"), str)):

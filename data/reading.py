@@ -101,7 +101,7 @@ def lines_of(stream: Iterable[bytes]) -> Iterator[tuple[int, str]]:
 
 
 def read_json(stream: io.BufferedReader, split: str) -> Iterator[tuple[int, Row]]:
-    """Objects: one a line, in an array, one behind the other over several lines, or in a field of a single object."""
+    """Objects: one a line, in an array, one after the other over several lines, or in a field of a single object."""
     if stream.peek(16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         found = json_values(Blocks(blocks_of(stream), 1))
     else:
@@ -179,7 +179,7 @@ def blocks_of(stream: io.BufferedReader) -> Iterator[str]:
 
 
 def json_values(text: "Blocks") -> Iterator[tuple[int, Any]]:
-    """The entries of an array, or objects one behind the other, however they are broken into lines."""
+    """The entries of an array, or objects one after the other, however they are broken into lines."""
     in_array = text.peek() == "["
     if in_array:
         text.take("[")
@@ -252,7 +252,7 @@ class Blocks:
 
 
 def read_csv(stream: Iterable[bytes], delimiters: str) -> Iterator[tuple[int, Row]]:
-    """Rows of text. A column without a name, such as the index that pandas writes, is nobody's.
+    """Rows of text. A column without a name, such as the index that pandas writes, is left out.
 
     Args:
         delimiters: the one that makes most fields of the header is taken, the first of several.

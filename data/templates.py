@@ -61,7 +61,7 @@ def on_one_day(template: str) -> str:
     if "strftime_now" not in template or template.startswith(DAY[:20]):
         return template
     written = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in DATE_CODES)
-    return DAY.replace("FORMAT", f"format{written}") + "\n" + template  # the line break is trimmed, as behind any block
+    return DAY.replace("FORMAT", f"format{written}") + "\n" + template  # the line break is trimmed, as after any block
 
 
 def find_template(name: str) -> Path:

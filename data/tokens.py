@@ -131,7 +131,7 @@ def parts_of(
             raise Rewritten("whose earlier turns the template writes in another way")
         answer = whole[len(prompt) :] if whole.startswith(prompt) else alone(tokenizer, template, turns[: number + 1])
         end = end_marks(tokenizer).search(answer)
-        answer = answer[: end.end()] if end else answer  # what a template writes behind it is not the answer's
+        answer = answer[: end.end()] if end else answer  # what a template writes after it is not the answer's
         check_all_there(tokenizer, template, conversation, number, prompt, answer)
         asked = prompt[len(before) :]
         parts.append(Part(encode_text(tokenizer, asked, lead_of(tokenizer, before) if before else "")))
@@ -232,7 +232,7 @@ def fitted(parts: list[Part], limit: int) -> list[Part]:
 class Partition:
     """A client's tokenized rows, and what was left out.
 
-    ids: all rows one behind the other, int32. trained: whether each of these tokens carries loss. starts: where each
+    ids: all rows one after the other, int32. trained: whether each of these tokens carries loss. starts: where each
     row begins, and the end; rows + 1 entries. whole: tokens of each row before it was cut. turns: number of the last
     turn that is trained, in its conversation. sources: number of each row before any were left out. counts: rows,
     without_response, cut; and, where there are any, refused (by the template) and last_only (of whose turns only the

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5  # of a SuperLink; each poll is a request that takes some of its processor
 SIMULATED_POLL_S = 0.01
-SIMULATED_ASKED = 64  # clients of a simulation that are asked who they are: until then the workers are ready
-SIMULATED_TTL_S = 1e9  # in a simulation a message never ends by the time of day, which may be set
+SIMULATED_ASKED = 64  # clients of a simulation that are asked who they are: when they have answered, workers are ready
+SIMULATED_TTL_S = 1e9  # in a simulation messages never expire by the time of day, which somebody may set
 NODE_UNAVAILABLE = ErrorCode.NODE_UNAVAILABLE
 
 
@@ -36,7 +36,7 @@ class Progress(Protocol):
 class Clients:
     """Clients by partition id, because Flower's node ids are random in every run and new after every restart.
 
-    Sites are asked who they are. In a simulation that is known, and only the first are asked.
+    In a deployment every client is asked who it is. In a simulation that is known, and only the first are asked.
     """
 
     def __init__(self, grid: Grid, timeout_s: float, progress: Progress) -> None:
@@ -139,7 +139,7 @@ class Clients:
         """
         sent: dict[str, int] = {}
         for message in messages:
-            self.traffic["bytes_down"] += payload_bytes(message)
+            self.traffic["bytes_down"] += array_bytes(message)
             sent |= dict.fromkeys(self.grid.push_messages([message]), message.metadata.dst_node_id)
         deadline = time.monotonic() + self.timeout_s
         replies: dict[int, Message] = {}
@@ -147,7 +147,7 @@ class Clients:
             waiting = [name for name, node in sent.items() if node not in replies]
             for reply in self.grid.pull_messages(waiting):
                 replies[sent[reply.metadata.reply_to_message_id]] = reply
-                self.traffic["bytes_up"] += payload_bytes(reply)
+                self.traffic["bytes_up"] += array_bytes(reply)
             if len(replies) < len(sent):
                 time.sleep(self.poll_s)
         return replies
@@ -157,7 +157,7 @@ def last_line(text: str) -> str:
     return text.strip().splitlines()[-1] if text.strip() else "it gives no reason"
 
 
-def payload_bytes(message: Message) -> int:
+def array_bytes(message: Message) -> int:
     """Bytes of the arrays in a message."""
     if message.has_error():
         return 0

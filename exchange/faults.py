@@ -10,7 +10,7 @@ from settings.schema import RunError, SettingsError, WorkerError
 
 CLIENT_ERROR = 1  # Error.code of a reply that carries a client's traceback
 WORKER_DIED = 2  # of a reply in the name of a worker that died or was too late, or of one that has to be replaced
-SETTINGS_ERROR = 3  # of one that says in a line what has to be changed, which no other try would
+SETTINGS_ERROR = 3  # of one that says in a line what the user has to change: trying again would not help
 
 
 def replied(message: Message, work: Callable[[], RecordDict]) -> Message:

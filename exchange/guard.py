@@ -118,10 +118,11 @@ def update_norm(reply: Message, sent: Adapter) -> float:
 def outliers(norms: Mapping[int, float], earlier: Sequence[float], most: float | None) -> dict[int, str]:
     """Why the updates of some clients are too large: their norm is above `most` times the median.
 
+    Of an even number of updates the lower middle one counts as the median; updates of nothing do not count.
+
     Args:
         norms: of this round's updates, by client.
         earlier: of the good updates of some rounds before, so that a few clients cannot decide what is ordinary.
-            Of an even number of updates the lower middle one counts as the median; updates of nothing do not count.
     """
     known = [norm for norm in (*norms.values(), *earlier) if norm]
     if most is None or not known:

@@ -178,7 +178,7 @@ def read_question(where: str, line: str) -> dict[str, Any]:
 
 
 def up_to_question(messages: Any) -> list[dict[str, Any]]:
-    """A conversation up to the last turn that asks: answers that stand behind it are left out."""
+    """A conversation up to the last turn that asks: answers that follow it are left out."""
     turns = messages_of(messages)
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()

@@ -32,15 +32,15 @@ class Labelled:
     at_once: int
     """Positions of a piece."""
 
-    def behind(self, states: torch.Tensor, **options: Any) -> Any:
-        """What the model's own forward pass makes of (N, hidden) `states` behind its decoder."""
+    def after_decoder(self, states: torch.Tensor, **options: Any) -> Any:
+        """What the model's own forward pass makes of (N, hidden) `states` after its decoder."""
         handed = replace(self.outputs, last_hidden_state=states[None])
         with patch.object(self.model.base_model, "forward", lambda *_, **__: handed):
             return self.model(use_cache=False, **options)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(N, hidden) to (N, vocabulary)."""
-        logits: torch.Tensor = self.behind(states).logits[0]
+        logits: torch.Tensor = self.after_decoder(states).logits[0]
         return logits
 
     def pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -59,7 +59,7 @@ class Labelled:
 
     def auxiliary(self) -> torch.Tensor:
         """What a mixture of experts adds to balance its load; its decoder was asked for `output_router_logits`."""
-        found: torch.Tensor = self.behind(self.states[:1], output_router_logits=True).aux_loss
+        found: torch.Tensor = self.after_decoder(self.states[:1], output_router_logits=True).aux_loss
         return found
 
 
@@ -84,7 +84,7 @@ def labelled_positions(labels: torch.Tensor) -> torch.Tensor:
 
 
 def inner_width(shapes: Any) -> int:
-    """Of a layer's part behind attention."""
+    """Of a layer's part after attention."""
     return int(getattr(shapes, "intermediate_size", None) or 4 * shapes.hidden_size)
 
 

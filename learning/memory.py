@@ -74,7 +74,8 @@ def memory_bytes(size: Sizes, config: RunConfig) -> float:
     """Estimated peak memory of a client, in training, evaluation and answering.
 
     Frozen weights; adapter with gradient and two Adam moments in float32; then whatever is most: what a training pass
-    keeps for its way back and works on, or the keys and values of answers. Within 15% of FACTS' floors for OpenLLaMA.
+    keeps for its way back and works on, or the keys and values of answers. For OpenLLaMA that is within 15% of the
+    computed floors in docs/performance.md.
     """
     tokens = config.train.tokens_at_once
     wide = adapters.compute_dtype("cuda" if config.client_resources.num_gpus else "cpu").itemsize

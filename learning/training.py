@@ -134,9 +134,7 @@ def padded_tokens(rows: list[dict[str, list[int]]], micro_batch_size: int) -> in
 class LabelledTrainer(SFTTrainer):
     """trl's trainer with the head where a label is, in this suite's arithmetic, and without figures nobody reads."""
 
-    model_accepts_loss_kwargs = loss_is_scaled_for_ga = (
-        True  # the loss is divided by the labels of all passes of a step
-    )
+    loss_is_scaled_for_ga = True  # by the number of labels in all passes of a step
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

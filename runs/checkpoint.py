@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `peft_<round>/`: the adapter in PEFT's format with its chat template, `state.json` with the
 clients' data positions, the strategy's own state (`strategy.safetensors` and a part of state.json), and sha256.json
-with a digest of every other file.
+with a digest of every file that is loaded.
 """
 
 import functools
@@ -221,8 +221,8 @@ def restore_strategy(strategy: Strategy, values: Mapping[str, Any], arrays: Mapp
         known = isinstance(owner, Strategy) and not hasattr(type(owner), name) and not callable(vars(owner).get(name))
         if kind == "unknown" or not known:
             raise SettingsError(
-                f"resume: {key} of {type(strategy).__name__} is nothing that a checkpoint can keep, so the run can "
-                "not be resumed as if it had not been interrupted"
+                f"resume: {key} of {type(strategy).__name__} is nothing that a checkpoint can keep, so the run cannot "
+                "be resumed as if it had not been interrupted"
             )
         restored = kept["value"] if kind == "value" else RESTORED.get(kind, lambda parts: parts[""][()])(parts)
         setattr(owner, name, restored)

@@ -142,7 +142,7 @@ def changed_settings(folder: Path, config: RunConfig) -> dict[str, tuple[Any, An
 
 
 def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Note what tells data apart; raise SettingsError if the run in `folder` was started with other data."""
+    """Note a fingerprint of the data; raise SettingsError if the run in `folder` was started with other data."""
     content = read_settings(folder)
     before = content.get("data") or facts
     for key, then, now in (("name", before, facts), ("eval_name", before.get("held_out"), facts.get("held_out"))):

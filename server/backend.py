@@ -162,7 +162,7 @@ def simulated_grid(site: Site) -> Iterator[Grid]:
             started.set_result(grid)
         finished.wait()
 
-    def play() -> None:
+    def run_engine() -> None:
         try:
             while not ready.done() and not backend.closing:
                 time.sleep(POLL_S)
@@ -181,7 +181,7 @@ def simulated_grid(site: Site) -> Iterator[Grid]:
             else:
                 started.set_exception(error)
 
-    thread = threading.Thread(target=play, name="flower", daemon=True)
+    thread = threading.Thread(target=run_engine, name="flower", daemon=True)
     try:
         thread.start()
         yield received(started, config)

@@ -154,7 +154,7 @@ class RayThread(threading.Thread):
             import ray
 
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: they are the driver's business
-            warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")  # of the last of ENVIRONMENT
+            warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")  # about a part of GPUS_BY_RAY
             unused: Any = dict.fromkeys(UNUSED, lambda *_, **__: None)
             folder = tempfile.mkdtemp(prefix="flowertune-", dir=short_folder())
             with signals_kept(), seeing(self.gpus), patch.multiple(ray._private.node.Node, **unused):
@@ -175,8 +175,9 @@ class RayThread(threading.Thread):
     def starting(self, folder: str) -> dict[str, Any]:
         """Arguments of `ray.init` for this machine."""
         wanted = self.resources
-        preload = {} if wanted.num_gpus else {"preload_python_modules": ["server.worker"]}  # it looks for GPUs, and Ray
-        return {  # says only later which one is a process's
+        # not with GPUs: importing that module looks for them, and Ray only says later which one is a process's
+        preload = {} if wanted.num_gpus else {"preload_python_modules": ["server.worker"]}
+        return {
             "num_cpus": self.count * wanted.num_cpus,
             "num_gpus": len(self.gpus),
             "include_dashboard": False,
@@ -230,16 +231,16 @@ _ray: list[RayThread] = []  # at most one in a process
 
 def begin(config: RunConfig) -> RayThread:
     """Start or join Ray, unless an earlier job of this process did; returns at once. `end` ends it."""
-    ray = RayThread(config)
-    same = [old for old in _ray if (old.address, old.resources, old.count) == (ray.address, ray.resources, ray.count)]
+    new = RayThread(config)
+    same = [old for old in _ray if (old.address, old.resources, old.count) == (new.address, new.resources, new.count)]
     if same and same[0].is_alive():
         return same[0]
     end()
-    os.environ.update(ENVIRONMENT if ray.address else ENVIRONMENT | FOR_THIS_MACHINE)
+    os.environ.update(ENVIRONMENT if new.address else ENVIRONMENT | FOR_THIS_MACHINE)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUITE_FOLDER), os.environ.get("PYTHONPATH")]))
-    ray.start()
-    _ray.append(ray)
-    return ray
+    new.start()
+    _ray.append(new)
+    return new
 
 
 def end() -> None:

@@ -229,7 +229,7 @@ class Federation:
         arrays, shown = to_record(adapter), cast(Any, ShownNodes(self.clients.grid, chosen))
         packed: dict[int, tuple[ArrayRecord, Adapter]] = {}  # one for all messages that share their arrays
         messages = []
-        for message in list(configure(round_number, arrays, ConfigRecord(settings), shown)):  # a list: ids must stay
+        for message in list(configure(round_number, arrays, ConfigRecord(settings), shown)):  # a list keeps ids
             record, partition = message.content.array_records["arrays"], message.metadata.dst_node_id
             if id(record) not in packed:
                 packed[id(record)] = self.codec.pack(record)

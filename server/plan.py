@@ -63,7 +63,7 @@ class Inputs:
 
     template: str
     """The chat template."""
-    rows: Sequence[Survey] = ()
+    surveys: Sequence[Survey] = ()
     """What the data holds, and what of it is left out; none where only the clients have rows."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Fingerprints of the rows, of the held-out ones as `held_out`; none where only the clients have rows."""

@@ -33,7 +33,7 @@ def play(grid: Grid, config: RunConfig, folder: Path, inputs: Inputs, *, resumes
         if tracker := start_tracker(config, folder):
             stack.callback(tracker.finish)
         progress = stack.enter_context(RunProgress(config.num_rounds, console, tracker))
-        for found in inputs.rows:
+        for found in inputs.surveys:
             log.info("%s: %s", found.rows.name, found)
             console.out(str(found))
             if found.is_mostly_left_out:

@@ -28,7 +28,8 @@ def choose(
 ) -> list[int]:
     """The partition ids of `count` clients that take part, of those that are `here`.
 
-    In a further trial, as many as are missing behind the `good` ones: such as were not `dropped`, if there are.
+    In a further trial, as many as are missing besides the `good` ones; those that were `dropped` are asked again only
+    if there are too few others.
     """
     there = set(here)
     count = min(count, len(there))

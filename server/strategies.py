@@ -110,7 +110,7 @@ class ShownNodes:
 
 
 class Alone(FedAvg):
-    """Every client goes on with the adapter that it returned last, and evaluates that one: no federation.
+    """Every client continues with the adapter that it returned last, and evaluates that one: no federation.
 
     What it aggregates, and so every checkpoint, is FedAvg's average of all; nobody trains on it.
     """

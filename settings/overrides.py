@@ -34,7 +34,7 @@ def parsed(override: str) -> Override:
 
 
 def written(value: Any) -> str:
-    """`value` as it has to stand behind KEY= for Hydra."""
+    """`value` as it has to be written after KEY= for Hydra to read it back."""
     if isinstance(value, str):
         return value if reads_back(value) else quoted(value)
     if isinstance(value, Mapping):

@@ -233,13 +233,16 @@ class RunConfig:
     client_resources: ClientResources = Field(default_factory=ClientResources)
     ray: RayConfig = Field(default_factory=RayConfig)
     num_clients: Whole = required(ge=1)
+    """Participants, each with one partition of the data."""
     num_rounds: Whole = required(ge=1)
     seed: Whole = required(ge=0, le=2**31 - 1)
+    """The same seed gives the same adapter, bit for bit on a CPU."""
     transfer: Literal["fp32", "fp16", "int8"] = required()
     """How adapters travel: whole in float32, or as differences in float16 or 8-bit integers."""
     baseline: Literal["alone", "central"] | None = required()
     """What to train instead of the federation, with as many optimizer steps, to compare it with. See `as_baseline`."""
     dry_run: bool = required()
+    """Print what the run would do and take, instead of running it."""
     tracker: Tracker | None = required()
     """Where the numbers of each round go besides metrics.jsonl, through accelerate's trackers."""
     resume: str | None = required()
@@ -268,7 +271,7 @@ class RunConfig:
         return bool(self.dataset.eval_name or self.sampling.fraction_evaluate)
 
     def evaluators_after(self, round_number: int) -> int:
-        """Clients that evaluate on `dataset.eval_name`: any one, or each what it trained alone."""
+        """How many clients evaluate on `dataset.eval_name`: one, or all if each has an adapter of its own."""
         return self.num_clients if self.baseline == "alone" and round_number else 1
 
     def evaluates_after(self, round_number: int) -> bool:
@@ -348,8 +351,9 @@ def check_budget(config: RunConfig, payload_bytes: int, once_bytes: int) -> None
 def as_baseline(config: RunConfig) -> RunConfig:
     """The run that `baseline` asks for: as many optimizer steps and rows for each model as the federation's.
 
-    `central` gives one client all data; `alone` lets every client keep its adapter to itself. One client trains in a
-    round of either, where `clients_per_round` train in the federation's, so there are as many times more rounds.
+    `central` gives one client all data; `alone` lets every client keep its adapter to itself. In a round of either a
+    model takes the steps of one client, and in the federation's those of `clients_per_round`, so there are as many
+    times more rounds.
     """
     if config.baseline is None:
         return config

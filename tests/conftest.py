@@ -23,7 +23,7 @@ import client
 import main
 from client import Site, client_app
 from data.forms import Conversation, from_alpaca
-from dataset import TEMPLATE_FOLDER
+from data.templates import TEMPLATE_FOLDER
 from exchange.guard import REPORT
 from exchange.transfer import decode, encode, to_record
 from machine import gpus

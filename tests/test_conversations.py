@@ -9,11 +9,13 @@ from transformers import AutoTokenizer
 import dataset
 from data.display import spans
 from data.forms import Conversation
+from data.templates import own_template
 from data.tokens import IGNORED, Refused, encode_row, encoded
 from settings.schema import SettingsError
 from tests.conftest import run_locally, small
 from tests.hub.repositories import build
 from tests.test_rows import as_json, config_of, lines
+from utils import local_path
 
 USER, ASSISTANT, SYSTEM = ({"role": role} for role in ("user", "assistant", "system"))
 
@@ -201,8 +203,8 @@ def loaded(root, name):
     """A tokenizer and a template: of a repository, or of conf/template with the tokenizer of the quickstart."""
     if name in REPOSITORIES:
         tokenizer = AutoTokenizer.from_pretrained(root / name)
-        return tokenizer, dataset.own_template(tokenizer)
-    tokenizer = AutoTokenizer.from_pretrained(dataset.local_path("quickstart/model"))
+        return tokenizer, own_template(tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(local_path("quickstart/model"))
     return tokenizer, dataset.find_template(name).read_text()
 
 

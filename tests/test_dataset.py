@@ -7,10 +7,12 @@ import pytest
 from transformers import AutoTokenizer
 
 import dataset
+from data.tokens import fit
 from dataset import IGNORED
 from settings.compose import compose
 from settings.schema import SettingsError
 from tests.conftest import conversations, small
+from utils import local_path
 
 ALPACA = dataset.find_template("alpaca").read_text()
 ROW = {"instruction": "Name a colour.", "input": "red, blue", "output": "red"}
@@ -18,7 +20,7 @@ ROW = {"instruction": "Name a colour.", "input": "red, blue", "output": "red"}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(dataset.local_path("quickstart/model"))
+    return AutoTokenizer.from_pretrained(local_path("quickstart/model"))
 
 
 def tokenized(tokenizer, rows, limit=128):
@@ -81,13 +83,13 @@ def test_rows_without_a_response_are_left_out_and_counted(tokenizer):
 def test_long_rows_are_cut_to_the_limit_with_response_left():
     prompt, response = list(range(100)), list(range(200, 250))
     # A prompt of 100 and a response of 50 into 64: the response keeps 64/4 = 16, the prompt loses its middle.
-    cut_prompt, cut_response = dataset.fit(prompt, response, 64)
+    cut_prompt, cut_response = fit(prompt, response, 64)
     assert cut_response == response[:16]
     assert cut_prompt == prompt[:24] + prompt[76:]
-    assert dataset.fit(prompt, response, 150) == (prompt, response)
+    assert fit(prompt, response, 150) == (prompt, response)
     # A short response is never cut for a long prompt, and a short prompt never for a long response.
-    assert dataset.fit(prompt, response[:3], 64)[1] == response[:3]
-    assert dataset.fit(prompt[:10], response, 40) == (prompt[:10], response[:30])
+    assert fit(prompt, response[:3], 64)[1] == response[:3]
+    assert fit(prompt[:10], response, 40) == (prompt[:10], response[:30])
 
 
 def test_cut_rows_are_counted_and_teach_no_early_end(tokenizer):

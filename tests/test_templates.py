@@ -7,11 +7,11 @@ import jinja2
 import pytest
 from transformers import AutoTokenizer
 
-import dataset
 import model as adapters
 from data.forms import Conversation
+from data.templates import DATE_CODES, TODAY, on_one_day, own_template
 from data.tokens import encode_row
-from dataset import end_ids
+from dataset import encode_prompt, end_ids, read_template
 from settings.compose import compose
 from settings.schema import SettingsError
 from tests.hub.repositories import build
@@ -39,13 +39,13 @@ def root(tmp_path_factory) -> Path:
 def chat(request, root):
     """A tokenizer, its own template, and what ends its answers."""
     tokenizer = AutoTokenizer.from_pretrained(root / request.param)
-    return tokenizer, dataset.own_template(tokenizer), CHAT[request.param]
+    return tokenizer, own_template(tokenizer), CHAT[request.param]
 
 
 def encoded(tokenizer, template, question=QUESTION, answer=ANSWER):
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     prompt, response = encode_row(tokenizer, template, Conversation(turns), 4096, "all").parts
-    assert prompt.ids == dataset.encode_prompt(tokenizer, template, turns[:1])
+    assert prompt.ids == encode_prompt(tokenizer, template, turns[:1])
     return prompt.ids, response.ids
 
 
@@ -82,7 +82,7 @@ def test_no_text_of_a_row_becomes_a_special_token(chat):
 
 def test_every_day_has_the_same_tokens(root, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(root / "meta-llama/Llama-3.2-1B-Instruct")
-    template = dataset.own_template(tokenizer)
+    template = own_template(tokenizer)
     assert "strftime_now" in template
     days = []
     for day in (1, 2):
@@ -98,21 +98,21 @@ def test_every_day_has_the_same_tokens(root, monkeypatch):
     assert "26 Jul 2024" in tokenizer.decode(days[0][0])
 
 
-@pytest.mark.parametrize("code", dataset.DATE_CODES)
+@pytest.mark.parametrize("code", DATE_CODES)
 def test_every_form_of_the_date_is_the_same_day(code):
-    template = dataset.on_one_day("\n{{ strftime_now('<%" + code + ">') }}")
+    template = on_one_day("\n{{ strftime_now('<%" + code + ">') }}")
     written = jinja2.Environment(trim_blocks=True).from_string(template).render()  # noqa: S701  as transformers has it
-    assert written == "\n" + dataset.TODAY.strftime(f"<%{code}>")
+    assert written == "\n" + TODAY.strftime(f"<%{code}>")
 
 
 def test_of_several_templates_the_default_one_is_used(root):
     tokenizer = AutoTokenizer.from_pretrained(root / "tests/named-templates")
     assert isinstance(tokenizer.chat_template, dict)
     settings = compose(["dataset.template=tokenizer"]).dataset
-    assert dataset.read_template(settings, tokenizer) == tokenizer.chat_template["default"]
+    assert read_template(settings, tokenizer) == tokenizer.chat_template["default"]
     tokenizer.chat_template = {"rag": "x", "tool_use": "y"}
     with pytest.raises(SettingsError, match="chat templates rag, tool_use and none of them is called default"):
-        dataset.read_template(settings, tokenizer)
+        read_template(settings, tokenizer)
 
 
 def test_tokenizer_that_knows_next_to_nothing_is_refused(root):

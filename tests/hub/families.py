@@ -156,7 +156,7 @@ within* is the largest difference between float32 logits of `test.py --merge`'s 
   ids beyond it, or turns more than a quarter of a plain English sentence into unknown tokens.
 - **Special tokens in your rows stay text**, whatever the family: `<|start_header_id|>` in a row becomes the letters.
 - **The end of an answer** is the tokenizer's EOS or a token that `generation_config.json` names beside it
-  (`<end_of_turn>`, `<|eot_id|>`, `<|end|>`). It is trained, and what a template writes behind it is not.
+  (`<end_of_turn>`, `<|eot_id|>`, `<|end|>`). It is trained, and what a template writes after it is not.
 - **Of several chat templates** the one called `default` is used (`dataset.template=tokenizer`), here and in `test.py`.
 - **A template that writes today's date** gets 26 July 2024 every day, so that a run, its resume, `test.py` and whoever
   loads the checkpoint's template see the same tokens.
