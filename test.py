@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from machine import gpus
 from runs.runfolder import find_checkpoint
 from settings.schema import RunError, SettingsError
-from utils import DIGESTS_FILE, quiet_transformers, send_nothing_home
+from utils import DIGESTS_FILE, quiet_transformers, send_nothing_home, shortened
 
 MODES = ("question", "chat", "questions", "evaluate", "tasks", "merge")
 LEAST_TEMPERATURE = 0.001  # logits divided by much less are no numbers any more
@@ -262,6 +262,15 @@ def run(options: argparse.Namespace) -> None:
         for setting, option in OPTION_OF.items():
             words = words.replace(setting, option)
         raise type(error)(words) from error
+    except RuntimeError as error:
+        from machine.faults import is_out_of_memory  # PyTorch is there, and raised it
+
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"out of GPU memory ({shortened(error, 200)}); it helps: --quantization=4, and a smaller --batch-size with "
+            f"{listed(('questions', 'evaluate', 'tasks'))}"
+        ) from error
 
 
 def start(checkpoint: Path, options: argparse.Namespace) -> None:

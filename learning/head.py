@@ -35,7 +35,7 @@ class Labelled:
     def after_decoder(self, states: torch.Tensor, **options: Any) -> Any:
         """What the model's own forward pass makes of (N, hidden) `states` after its decoder."""
         handed = replace(self.outputs, last_hidden_state=states[None])
-        with patch.object(self.model.base_model, "forward", lambda *_, **__: handed):
+        with patch.object(below_head(self.model), "forward", lambda *_, **__: handed):
             return self.model(use_cache=False, **options)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -70,11 +70,16 @@ def labelled(model: Any, batch: Mapping[str, torch.Tensor], **options: Any) -> L
         options: of the decoder.
     """
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    outputs = causal.base_model(input_ids=batch["input_ids"], use_cache=False, **options)
+    outputs = below_head(causal)(input_ids=batch["input_ids"], use_cache=False, **options)
     states, positions = outputs.last_hidden_state.flatten(0, 1), batch["positions"]
     targets = batch["labels"].flatten().index_select(0, positions + 1)
     at_once = positions_at_once(causal.config.get_text_config(), batch["input_ids"].numel())
     return Labelled(causal, outputs, states.index_select(0, positions), targets, at_once)
+
+
+def below_head(causal: Any) -> Any:
+    """The part that a causal language model calls for hidden states; OPT goes past its base model to what is inside."""
+    return getattr(causal.base_model, "decoder", causal.base_model)
 
 
 def labelled_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -84,8 +89,9 @@ def labelled_positions(labels: torch.Tensor) -> torch.Tensor:
 
 
 def inner_width(shapes: Any) -> int:
-    """Of a layer's part after attention."""
-    return int(getattr(shapes, "intermediate_size", None) or 4 * shapes.hidden_size)
+    """Of a layer's part after attention; the widest, where each layer has its own."""
+    width = getattr(shapes, "intermediate_size", None) or 4 * shapes.hidden_size
+    return int(max(width) if isinstance(width, list | tuple) else width)
 
 
 def layer_values(shapes: Any) -> int:

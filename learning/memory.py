@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, isinf, prod
 from typing import NamedTuple
 
 import psutil
@@ -161,10 +161,15 @@ def with_arguments(config: RunConfig, changed: dict[str, object]) -> RunConfig:
 
 def describe_memory(config: RunConfig, size: Sizes) -> str:
     """For the plan: what a client takes, what it may take, whether checkpointing is on, and why."""
-    here, is_open = place(config), config.train.training_arguments.get(CHECKPOINTING) == "auto"
+    elsewhere = Place(f"ray.address={config.ray.address}", inf, inf) if config.ray.address else None
+    here, is_open = elsewhere or place(config), config.train.training_arguments.get(CHECKPOINTING) == "auto"
     chosen, budget = decided(config, size, here) if is_open else config, budget_bytes(config, here)
     needed, without = memory_bytes(size, chosen), memory_bytes(size, with_arguments(config, {CHECKPOINTING: False}))
-    text = f"about {bytes_text(needed)}; for one worker there are {bytes_text(max(0.0, budget))} here ({here.name})"
+    text = f"about {bytes_text(needed)}"
+    if isinf(budget):
+        how = " without checkpointing" if is_open else ""
+        return f"{text}{how}; how much a worker may take is not known before it starts ({here.name})"
+    text += f"; for one worker there are {bytes_text(max(0.0, budget))} here ({here.name})"
     if is_open:
         is_on = chosen.train.training_arguments[CHECKPOINTING]
         text += f"; checkpointing is on, without it takes {bytes_text(without)}" if is_on else "; checkpointing is off"

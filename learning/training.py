@@ -184,6 +184,8 @@ def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
     cuda = adapters.device_of(config.client_resources) == "cuda"
     given["gradient_checkpointing"] = bool(given.get("gradient_checkpointing"))  # `auto` is settled before
     micro = min(config.train.micro_batch_size, config.batch_size)
+    if config.client_resources.num_gpus and not cuda:
+        given.pop("tf32", None)  # a driver sees no GPU: its workers check it
     if given.get("gradient_checkpointing") and config.model.quantization == "8":
         given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": True})
     given |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": config.batch_size // micro}

@@ -5,9 +5,11 @@ what a process may see is decided before it imports the model libraries, and sta
 """
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
@@ -19,6 +21,7 @@ class Card:
     uuid: str
     name: str
     total_bytes: float
+    """Infinite where NVML does not tell it: in a container with a MIG device, or where memory is the machine's own."""
     free_bytes: float
 
 
@@ -94,12 +97,19 @@ def cards() -> list[Card]:
         nvml.nvmlInit()
     except nvml.NVMLError:
         return []
-    handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
     try:
-        return [
-            Card(nvml.nvmlDeviceGetUUID(each), nvml.nvmlDeviceGetName(each), float(memory.total), float(memory.free))
-            for each in handles
-            for memory in [nvml.nvmlDeviceGetMemoryInfo(each)]
-        ]
+        handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+        return [Card(nvml.nvmlDeviceGetUUID(each), nvml.nvmlDeviceGetName(each), *memory_of(each)) for each in handles]
     finally:
         nvml.nvmlShutdown()
+
+
+def memory_of(handle: Any) -> tuple[float, float]:
+    """Bytes in all and free, of a card of NVML."""
+    from ray._private.thirdparty import pynvml as nvml
+
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError:
+        return math.inf, math.inf
+    return float(memory.total), float(memory.free)

@@ -24,7 +24,7 @@ from exchange.scores import figures
 from learning import answering, tuned
 from learning.evaluation import generate, held_out, losses_on, prompt_of, score
 from runs.runfolder import find_checkpoint
-from settings.schema import SettingsError
+from settings.schema import RunError, SettingsError
 from tests.conftest import conversations, small
 from utils import SUITE_FOLDER, read_json_lines
 
@@ -278,6 +278,17 @@ def test_a_disk_that_is_full_gets_one_line(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(SettingsError, match=r"--output=.*: cannot be written \(No space left on device\); make room"):
         cli.run(options(run_folder, *files, "--max-new-tokens=1"))
+
+
+def test_a_gpu_that_is_too_small_gets_one_line(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(cli, "find_checkpoint", lambda path: path)
+    monkeypatch.setattr(cli, "start", full)
+    asked = cli.parse(["--peft-path=x", "--question=Why?"])
+    with pytest.raises(RunError, match=r"^out of GPU memory \(CUDA out of memory.*it helps: --quantization=4"):
+        cli.run(asked)
 
 
 def test_conversation_prompt_holds_its_history(answerer):

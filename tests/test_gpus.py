@@ -6,10 +6,14 @@ import sys
 
 import pytest
 import ray
+from ray._private.thirdparty import pynvml as nvml
+from transformers import LlamaConfig
 
+import model as adapters
 from client import Site
 from deployment import resident
-from learning.memory import place
+from learning.memory import describe_memory, place, sizes
+from learning.training import training_arguments
 from machine import gpus
 from machine.gpus import Card
 from server import engine, plan
@@ -119,6 +123,30 @@ def test_plan_tells_of_the_fullest_gpu_and_of_main_memory_without_one(monkeypatc
     machine(monkeypatch, 3, visible="2,1")
     assert place(compose()) == ("Fake b", 24e9, 16e9)
     assert place(small()).name == "CPU, main memory"
+
+
+def test_a_card_that_does_not_tell_its_memory_is_there_and_the_plan_says_so(monkeypatch):
+    """As in a container with a MIG device, where NVML permits less, or where a GPU has the machine's own memory."""
+
+    def refused(_):
+        raise nvml.NVMLError(nvml.NVML_ERROR_NO_PERMISSION)
+
+    for name, told in (("Init", None), ("Shutdown", None), ("DeviceGetCount", 1), ("DeviceGetHandleByIndex", "handle")):
+        monkeypatch.setattr(nvml, f"nvml{name}", lambda *_, told=told: told)
+    monkeypatch.setattr(nvml, "nvmlDeviceGetUUID", lambda _: "GPU-test")
+    monkeypatch.setattr(nvml, "nvmlDeviceGetName", lambda _: "NVIDIA Test")
+    monkeypatch.setattr(nvml, "nvmlDeviceGetMemoryInfo", refused)
+    monkeypatch.setattr(gpus, "given", lambda: None)
+    assert gpus.ids() == ["0"]
+    unknown = "GB without checkpointing; how much a worker may take is not known before it starts"
+    for config, where in ((compose(), "NVIDIA Test"), (compose(["ray.address=head:6379"]), "ray.address=head:6379")):
+        assert describe_memory(config, sizes(LlamaConfig(), config)).endswith(f"{unknown} ({where})")
+
+
+def test_tf32_is_checked_where_the_gpu_is(monkeypatch):
+    """The driver sees no GPU, and would refuse what its workers can do."""
+    monkeypatch.setattr(adapters, "default_device", lambda: "cpu")
+    assert training_arguments(compose(["+train.training_arguments.tf32=true"]), "unused").tf32 is None
 
 
 @ray.remote

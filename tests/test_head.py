@@ -99,7 +99,17 @@ def old():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [seeing, old])
+def nested():
+    """OPT, whose head goes past the base model to the decoder inside."""
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=300, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            word_embed_proj_dim=32, dropout=0.0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [seeing, old, nested])
 def test_other_layouts_have_the_loss_of_full_logits_too(make):
     torch.manual_seed(0)
     model, batch = make().double().train(), collate(rows_of(20, 13))
@@ -137,6 +147,12 @@ def test_a_piece_takes_no_more_memory_than_a_layer(vocabulary):
     assert size * vocabulary * 6 <= 16 * 512 * (12 * 4096 + 8 * 11008)
     assert size > 500
     assert head.positions_at_once(shapes, 1) == head.LEAST_AT_ONCE
+
+
+def test_of_layers_with_widths_of_their_own_the_widest_counts():
+    shapes = transformers.Gemma3nTextConfig()
+    shapes.intermediate_size = [64, 128, 96]
+    assert head.inner_width(shapes) == 128
 
 
 def test_an_adapter_in_bfloat16_arithmetic_is_close_to_float32():
