@@ -1,8 +1,8 @@
 """What a client takes in memory: the estimate against known floors and against what autograd really keeps."""
 
-from pathlib import mmap
+import mmap
+from pathlib import Path
 
-import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model

@@ -35,7 +35,7 @@ def test_simulation_loads_once_a_worker_tokenizes_once_a_partition_and_is_quiet(
     lines = done.stdout.strip().splitlines()
     assert sum(line.startswith("round ") for line in lines) == 3
     assert lines[-1].startswith("results: ")
-    assert len(lines) <= 7, "engine noise reached the terminal"
+    assert len(lines) <= 9, "engine noise reached the terminal"
     assert done.stderr == ""
     summary = json.loads((tmp_path / "results.json").read_text())
     assert summary["model_loads"] == summary["processes"] <= os.cpu_count()
@@ -52,12 +52,10 @@ def test_engine_and_server_take_less_than_a_second_of_a_round(tmp_path):
 
 
 def test_clients_that_all_fail_end_the_run_with_their_traceback_and_exit_code_1(tmp_path, capsys):
-    data = tmp_path / "empty.jsonl"
-    data.write_text('{"instruction": "x", "input": "", "output": ""}\n' * 10)
-    folder = tmp_path / "run"
-    assert call_main("experiment=quickstart", *SHORT, f"hydra.run.dir={folder}", f"dataset.name={data}") == 1
+    missing = "train.training_arguments.optim=apollo_adamw"  # of a package that is not there: only a client notices
+    assert call_main("experiment=quickstart", *SHORT, f"hydra.run.dir={tmp_path}", missing) == 1
     said = capsys.readouterr().err
-    assert "none of its 2 rows has a response" in said
+    assert "apollo_torch" in said
     assert "not one valid reply" in said
-    assert not (folder / "results.json").exists()
-    assert "none of its 2 rows" in (folder / "error.txt").read_text()
+    assert not (tmp_path / "results.json").exists()
+    assert "Traceback" in (tmp_path / "error.txt").read_text()
