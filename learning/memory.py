@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from math import inf, isinf, prod
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import get_head_shapes
 
 import model as adapters
 from exchange.transfer import payload_bytes
@@ -54,7 +56,6 @@ def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
         if weight.dim() == 2 and "embed" not in name and "lm_head" not in name
     )
     shapes = adapters.adapter_shapes(empty, adapters.lora_config(config.model, empty))
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Sizes(
         linear=linear,
         other=sum(weight.numel() for weight in parameters.values()) - linear,
@@ -62,12 +63,18 @@ def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
         payload_bytes=payload_bytes(shapes, config.transfer),
         once_bytes=adapters.starts_from_base(shapes) * payload_bytes(shapes, "fp32"),
         adapted=sum(shape[1] for name, shape in shapes.items() if "lora_A" in name),
-        keys_and_values=2
-        * text.num_hidden_layers
-        * head
-        * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        keys_and_values=keys_and_values(text),
         text=text,
     )
+
+
+def keys_and_values(text: PreTrainedConfig) -> int:
+    """Of a token, in all layers, each of which may have heads of its own; 0 for a model without attention (Mamba)."""
+    try:
+        heads, widths = get_head_shapes(text)
+    except AttributeError:
+        return 0
+    return 2 * int(np.broadcast_to(np.multiply(heads, widths), text.num_hidden_layers).sum())
 
 
 def memory_bytes(size: Sizes, config: RunConfig) -> float:

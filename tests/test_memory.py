@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma4TextConfig, LlamaConfig, LlamaForCausalLM, MambaConfig
 
 import client
 import model as adapters
@@ -145,6 +145,19 @@ def test_answers_are_part_of_the_estimate(as_on_a_gpu):
     assert size.keys_and_values == 2 * 32 * 4096
     without = memory.memory_bytes(size, config)
     assert memory.memory_bytes(size, asked) - without > 0.5e9  # 8,192 tokens of 0.5 MB, beside what training takes
+
+
+def test_keys_and_values_are_counted_layer_by_layer():
+    """Gemma 4 has wider heads in every sixth layer; Mamba has none."""
+    layers = ["sliding_attention"] * 5 + ["full_attention"]
+    gemma = Gemma4TextConfig(
+        num_hidden_layers=6, layer_types=layers, head_dim=256, global_head_dim=512, num_key_value_heads=2,
+        num_global_key_value_heads=1,
+    )  # fmt: skip
+    expected = 2 * sum(layer.head_dim * layer.num_key_value_heads for layer in gemma.per_layer_config)
+    assert memory.keys_and_values(gemma) == expected > 0
+    assert memory.keys_and_values(LlamaConfig(**OPEN_LLAMA["7b"][0])) == 2 * 32 * 4096
+    assert memory.keys_and_values(MambaConfig()) == 0
 
 
 def test_advice_is_ordered_by_what_it_saves():
