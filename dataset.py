@@ -22,12 +22,24 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_from_disk
 
-from data.cells import NUMBER, TEXT, TRUTH
+from data.cells import NUMBER, TEXT, TRUTH, object_in
 from data.display import alarm
 from data.files import data_files, is_saved, kind_of
-from data.forms import NO_ANSWER, Conversation, Rows, Survey, as_message, form_of, messages_of, survey
+from data.forms import (
+    NO_ANSWER,
+    Conversation,
+    Rows,
+    Survey,
+    Turn,
+    as_message,
+    asked_in,
+    form_of,
+    left_out,
+    survey,
+)
 from data.reading import cells_of_rows, rows_of
 from data.table import Reading, Table, places, table_of
 from data.templates import (
@@ -61,12 +73,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATE_CODES", "IGNORED", "NO_ANSWER", "TEMPLATE_FOLDER", "TODAY", "Conversation", "Partition", "Rows",
-    "Survey", "alarm", "as_message", "encode_prompt", "encode_text", "end_ids",
-    "fault", "find_template", "fit", "kind_of", "load_partition", "local_path", "messages_of", "on_one_day",
+    "Survey", "Turn", "alarm", "as_message", "asked_in", "encode_prompt", "encode_text", "end_ids",
+    "fault", "find_template", "fit", "kind_of", "left_out", "load_partition", "local_path", "object_in", "on_one_day",
     "own_template", "read_template", "save_partition", "survey", "tokenize_rows",
 ]  # fmt: skip
 
-ROW_NUMBER = "_row_number"  # a column beside the user's own, by which partitioners say which rows are whose
+ROW_NUMBER = "flowertune: row number"  # a column beside the user's own, by which partitioners say which rows are whose
 
 
 # --- load -----------------------------------------------------------------------------------------
@@ -90,7 +102,9 @@ def read_table(cfg: DatasetConfig) -> Table:
 def as_rows(table: Table, columns: Mapping[str, Any], name: str) -> Rows:
     if not table.columns.num_rows:
         raise SettingsError(f"{name}: has no rows")
-    return Rows(name, Dataset(table.columns, fingerprint="rows"), form_of(table, columns, name), table.kinds)
+    return Rows(
+        name, Dataset(table.columns, fingerprint="rows"), form_of(table, columns, name), table.kinds, table.files
+    )
 
 
 def local_rows(name: str, key: str = "dataset.name") -> Path | None:
@@ -99,6 +113,8 @@ def local_rows(name: str, key: str = "dataset.name") -> Path | None:
     Raises:
         SettingsError: if it can be no Hub id, and is not there.
     """
+    if not name.strip():
+        raise SettingsError(f"{key}={name}: needs a file, a folder or the id of a Hub data set")
     path = local_path(name)
     if path is None and (kind_of(Path(name)) or name.startswith(("/", ".", "~"))):
         raise SettingsError(f"{key}={name}: there is no such file or folder")
@@ -135,10 +151,13 @@ def read_local(cfg: DatasetConfig, path: Path, in_splits: bool = False) -> Table
     try:
         if path.is_dir() and is_saved(path):
             return read_saved(cfg, path)
+        if "[" in cfg.split or "+" in cfg.split:
+            raise SettingsError(f"dataset.split={cfg.split}: parts and sums of splits are for data sets of the Hub")
         kind, files = data_files(path, cfg.split, cfg.subset, in_splits)
         with contextlib.closing(Reading(path.name, sum(file.stat().st_size for file in files), "B")) as progress:
-            found = (place for file in files for place in places(file.name, rows_of(file, kind, cfg.split, progress)))
-            return table_of(found)
+            names = {file: file.name if file == path else file.relative_to(path).as_posix() for file in files}
+            read = (places(names[file], rows_of(file, names[file], kind, cfg.split, progress)) for file in files)
+            return table_of(itertools.chain.from_iterable(read))
     except SettingsError as error:
         raise SettingsError(f"{name}: {error}") from error
     except OSError as error:
@@ -250,17 +269,21 @@ def with_values(rows: Rows, partition_by: str | Sequence[str]) -> Dataset:
                 "use a partitioner that needs no column (dataset/partitioner=iid)"
             )
         if held.keys() == {NUMBER}:
-            with contextlib.suppress(pa.ArrowInvalid):
-                table = table.set_column(table.column_names.index(name), name, as_numbers(column))
+            table = table.set_column(table.column_names.index(name), name, as_numbers(column, key))
     table = table.append_column(ROW_NUMBER, pa.array(np.arange(len(rows))))
     return Dataset(table, fingerprint="numbered")
 
 
-def as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    try:
+def as_numbers(column: pa.ChunkedArray, key: str) -> pa.ChunkedArray:
+    """Texts of numbers as such; as text if there is one among them of which 64 bits would make another."""
+    with contextlib.suppress(pa.ArrowInvalid):
         return column.cast(pa.int64())
-    except pa.ArrowInvalid:
-        return column.cast(pa.float64())
+    if pc.any(pc.match_substring_regex(column, r"^-?\d{16,}$")).as_py():
+        return column
+    numbers = column.cast(pa.float64())
+    if gaps := pc.sum(pc.is_nan(numbers)).as_py():
+        raise SettingsError(f"{key}: {gaps:,} of {len(column):,} rows have NaN; fill it in, or take these rows out")
+    return numbers
 
 
 def partitioner_class(cfg: DatasetConfig) -> "type[Partitioner]":
@@ -309,13 +332,14 @@ def fresh_rows(rows: np.ndarray, first: int, count: int, seed: int, partition_id
 
 
 def data_facts(rows: Rows) -> dict[str, Any]:
-    """A fingerprint of rows: their number, and a digest of what up to 1,000 of them hold."""
-    sample = rows.table.select(range(0, len(rows), max(1, len(rows) // 1000)))
+    """A fingerprint of rows: their number, and a digest of all that is read of them."""
     columns = rows.form.columns
     keys = ["instruction", "input", "output"] if rows.form.shape == "Alpaca" else []
     keys += [key for key in columns if key not in keys]
-    held = [[row[columns[key]] if key in columns else None for key in keys] for row in sample]
-    return {"rows": len(rows), "sha256_of_sample": hashlib.sha256(json.dumps(held).encode()).hexdigest()}
+    digest = hashlib.sha256()
+    for block in rows.table.select_columns([*dict.fromkeys(columns.values())]).iter(1000):
+        digest.update(json.dumps([block[columns[key]] if key in columns else None for key in keys]).encode())
+    return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
 def shared_rows(rows: Rows, held_out: Rows) -> list[int]:

@@ -10,6 +10,7 @@ from json.encoder import encode_basestring
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 TEXT, NUMBER, TRUTH, LIST, OBJECT, BYTES = "text", "numbers", "true or false", "lists", "objects", "bytes"
 NESTED = (LIST, OBJECT)
@@ -49,7 +50,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 WRITTEN = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=Number, object_pairs_hook=once)
 """Numbers stay as they are written."""
-COUNTED = json.JSONDecoder(parse_int=whole, parse_float=Float)
+COUNTED = json.JSONDecoder(parse_int=whole, parse_float=Float, parse_constant=Float, object_pairs_hook=once)
 """Numbers count as such, and are written as they were."""
 
 
@@ -69,7 +70,7 @@ def told(value: Any) -> tuple[str, str | None]:
 
 
 def written(value: Any) -> str:
-    """A cell as JSON, its numbers as they are written."""
+    """A cell as JSON, its numbers as they are written; of bytes in it, which are no text, only how many there are."""
     if isinstance(value, Number):
         return str(value)
     if isinstance(value, str):
@@ -78,12 +79,27 @@ def written(value: Any) -> str:
         return "{" + ", ".join(f"{encode_basestring(key)}: {written(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(written, value)) + "]"
+    if isinstance(value, bytes):
+        return f'{{"bytes": {len(value)}}}'
     return {True: "true", False: "false"}.get(value, "null")
 
 
 def nested(text: str) -> Any:
     """What a nested cell holds."""
     return COUNTED.decode(text)
+
+
+def object_in(line: str) -> dict[str, Any]:
+    """The cells of a line of JSON.
+
+    Raises:
+        ValueError: if it is none, holds something else than an object, or half a character.
+    """
+    row = nested(line.strip())
+    if not isinstance(row, dict):
+        raise ValueError("it is something else")
+    written(row).encode()
+    return row
 
 
 def text_of(value: Any) -> str:
@@ -93,24 +109,28 @@ def text_of(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def plain(values: Iterable[Any], short_floats: bool = False) -> list[Any]:
+def plain(values: Iterable[Any], kind: pa.DataType | None = None) -> list[Any]:
     """Python's values of a column of a typed file (Parquet, Arrow) as cells.
 
     Args:
-        short_floats: they are of 16 or 32 bits, and are written with the digits that tell those apart.
+        kind: theirs in the file. Floats of 16 or 32 bits are written with the digits that tell those apart.
     """
-    return [as_cell(value, short_floats) for value in values]
+    return [as_cell(value, kind) for value in values]
 
 
-def as_cell(value: Any, short_floats: bool = False) -> Any:
+def as_cell(value: Any, kind: pa.DataType | None = None) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, float):
-        return Number(np.float32(value) if short_floats else repr(value))
-    if isinstance(value, int | Decimal):
+        is_short = kind is not None and (pa.types.is_float32(kind) or pa.types.is_float16(kind))
+        return Number(np.float32(value) if is_short else repr(value))
+    if isinstance(value, int):
         return Number(value)
+    if isinstance(value, Decimal):
+        return Number(format(value, "f"))
     if isinstance(value, dict):
-        return {str(key): as_cell(inner, short_floats) for key, inner in value.items()}
+        kinds = {field.name: field.type for field in kind} if isinstance(kind, pa.StructType) else {}
+        return {str(key): as_cell(inner, kinds.get(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        return [as_cell(inner, short_floats) for inner in value]
+        return [as_cell(inner, getattr(kind, "value_type", None)) for inner in value]
     return value if isinstance(value, bytes) else str(value)  # dates and times among others

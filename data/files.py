@@ -1,10 +1,11 @@
 """Which files a local data set has: a file, or what of a folder holds rows of the split."""
 
 import fnmatch
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -54,12 +55,32 @@ def data_files(path: Path, split: str, subset: str | None, in_splits: bool = Fal
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Files that can hold rows, in sub-folders too; hidden ones, and those that tell of a data set, cannot."""
-    for file in sorted(folder.rglob("*")):
-        inner = file.relative_to(folder).parts
-        hidden = any(part.startswith(".") or part == "__MACOSX" for part in inner)
-        if not hidden and kind_of(file) and file.name not in ABOUT and file.is_file():
-            yield file
+    """Files that can hold rows, in sub-folders too; hidden ones, and those that tell of a data set, cannot.
+
+    Raises:
+        SettingsError: for a link to nothing, or a sub-folder that cannot be read: their rows would be missed.
+    """
+    for file in sorted(seen_below(folder)):
+        if kind_of(file) and file.name not in ABOUT:
+            if file.is_symlink() and not file.exists():
+                raise SettingsError(f"{file.relative_to(folder)} is a link to a file that is not there")
+            if file.is_file():
+                yield file
+
+
+def seen_below(folder: Path) -> Iterator[Path]:
+    """What is not hidden, in sub-folders and linked ones too, each folder once."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise SettingsError(f"{error.filename} cannot be read ({error.strerror})") from error
+
+    known = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        here = Path(root).resolve()
+        is_new = here not in known
+        known.add(here)
+        folders[:] = [name for name in sorted(folders) if is_new and name[0] != "." and name != "__MACOSX"]
+        yield from (Path(root, name) for name in names if is_new and name[0] != ".")
 
 
 def of_split(folder: Path, split: str, in_splits: bool) -> list[Path]:

@@ -66,6 +66,7 @@ class Conversation:
             if turn["role"] in ("assistant", "text")
             and (turn["content"].strip() or turn.get("tool_calls"))
             and turn.get("weight", 1) != 0
+            and (number or turn["role"] == "text")  # what opens a conversation answers nothing
         ]
 
 
@@ -156,7 +157,12 @@ def standard(chosen: Mapping[str, Any]) -> dict[str, Any]:
             f"dataset.columns.{unknown[0]}={chosen[unknown[0]]}: use one of {', '.join(COLUMNS)}"
             f"{suggest(unknown[0], list(COLUMNS))}"
         )
-    return {uses[key]: column for key, column in chosen.items()}
+    made: dict[str, Any] = {}
+    for key, column in chosen.items():
+        use = uses[key]
+        if made.setdefault(use, column) != column:
+            raise SettingsError(f"dataset.columns.{key}={column}: {made[use]} already is for {use}; choose one of them")
+    return made
 
 
 def assigned(names: Sequence[str], chosen: Mapping[str, Any], name: str) -> dict[str, list[str]]:
@@ -209,7 +215,7 @@ def from_alpaca(row: Mapping[str, Any]) -> Conversation:
     for pair in row.get("history") or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError("history is no list of pairs: what was asked, and what was answered")
-        turns += [as_message({"instruction": pair[0]}), said(pair[1])]
+        turns += [as_message({"instruction": content_of(pair[0])}), said(content_of(pair[1]))]
     return with_system(row, [*turns, as_message(row), said(row["output"])])
 
 
@@ -222,11 +228,36 @@ def from_prompt(row: Mapping[str, Any]) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     asked = messages_of(prompt) if isinstance(prompt, list | dict) else [as_message({"instruction": prompt})]
     answer = messages_of(completion) if isinstance(completion, list | dict) else [said(completion)]
+    if asked and [*map(words_of, answer[: len(asked)])] == [*map(words_of, asked)]:
+        raise ValueError(
+            "has a completion that begins with the prompt; use its column alone: dataset.columns={messages: COLUMN}"
+        )
     return replace(with_system(row, [*asked, *answer]), tools=tools_of(row.get("tools")))
+
+
+def words_of(turn: Turn) -> tuple[str, str]:
+    return turn["role"], turn["content"]
 
 
 def from_text(row: Mapping[str, Any]) -> Conversation:
     return Conversation([{"role": "text", "content": text_of(row["text"])}])
+
+
+def asked_in(row: Mapping[str, Any]) -> Conversation:
+    """What a row of any shape but text asks: its answer need not be there. `question` stands for instruction, too.
+
+    Raises:
+        ValueError: if a list or object in it is no conversation.
+    """
+    found = {}
+    for use, names in (COLUMNS | {"instruction": ("question", "instruction")}).items():
+        value = next((row[name] for name in names if row.get(name) is not None), None)
+        found[use] = value_of(use, value, False) if isinstance(value, str) else value
+    if found["messages"] is not None:
+        return from_chat(found)
+    if isinstance(found["prompt"], list | dict):
+        return from_prompt(found | {"completion": None})
+    return from_alpaca(found | {"instruction": found["instruction"] or found["prompt"], "output": None})
 
 
 READERS = {"Alpaca": from_alpaca, "chat": from_chat, "prompt and completion": from_prompt, "text": from_text}
@@ -251,6 +282,8 @@ def messages_of(value: Any) -> list[Turn]:
     """The turns of a list of messages, of a single one, or of columns of messages as `datasets` once kept them."""
     if isinstance(value, dict):
         if value and all(isinstance(inner, list) for inner in value.values()):
+            if len({len(inner) for inner in value.values()}) > 1:
+                raise ValueError(f"has lists of different lengths in {', '.join(value)}")
             value = [dict(zip(value, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
         else:
             value = [value]
@@ -274,9 +307,16 @@ def turn_of(message: Any) -> Turn:
         more["tool_calls"] = calls_of(more["tool_calls"])
     if named[1] not in message and not more:
         raise ValueError(f"has a message without {named[1]}; it has {', '.join(message)}")
-    weight = message.get("weight")
-    more |= {} if role != "assistant" or weight is None else {"weight": float(weight)}
+    if role == "assistant" and message.get("weight") is not None:
+        more["weight"] = weight_of(message["weight"])
     return {"role": role, "content": content_of(message.get(named[1])), **more}
+
+
+def weight_of(value: Any) -> float:
+    with contextlib.suppress(TypeError, ValueError):
+        if float(value) in (0, 1):
+            return float(value)
+    raise ValueError(f"has a message of the weight {text_of(value):.60}; use 0 or 1")
 
 
 def content_of(content: Any) -> str:
@@ -288,7 +328,7 @@ def content_of(content: Any) -> str:
                 raise ValueError(f"has a message with a part of the type {kind}; only text can be trained")
         return "".join(part if isinstance(part, str) else part["text"] for part in content)
     if isinstance(content, dict):
-        raise ValueError("has a message whose content is an object; use text")
+        raise ValueError(f"has a message whose content is an object with {', '.join(content)}; use text")
     return text_of(content)
 
 
@@ -325,6 +365,8 @@ class Rows:
     table: Dataset
     form: Form
     kinds: Kinds
+    files: Sequence[tuple[int, str]] = ()
+    """The number of rows before each file, and its name."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -343,10 +385,15 @@ class Rows:
                 try:
                     yield self.form.conversation(dict(zip(self.form.columns, cells, strict=True)))
                 except ValueError as error:
-                    raise SettingsError(f"{self.name}: row {number} {error}") from error
+                    raise SettingsError(f"{self.name}: {self.place(number)} {error}") from error
+
+    def place(self, number: int) -> str:
+        """Where a row is, counted from 1: in which file, if there are several."""
+        before, name = next(((before, name) for before, name in reversed(self.files) if before < number), (0, ""))
+        return f"row {number - before} of {name}" if len(self.files) > 1 else f"row {number}"
 
     def select(self, numbers: Iterable[int] | np.ndarray) -> "Rows":
-        return replace(self, table=self.table.select(numbers))
+        return replace(self, table=self.table.select(numbers), files=())
 
     def column(self, name: str) -> list[str]:
         """The text of a column, empty where there is none."""
@@ -373,7 +420,7 @@ class Survey:
 
 
 def survey(rows: Rows, fault: Callable[[Conversation], str | None]) -> Survey:
-    """Look at every row, and ask `fault` of one row of each order of roles why it is left out, if it is.
+    """Look at every row, and ask `fault` of one row of each order of turns why it is left out, if it is.
 
     Raises:
         SettingsError: for a row that is no conversation.
@@ -382,12 +429,17 @@ def survey(rows: Rows, fault: Callable[[Conversation], str | None]) -> Survey:
     for row in rows:
         count = len(row.answers)
         answers += count
-        order = (count > 0, bool(row.tools), *(turn["role"] for turn in row.turns))
+        order = (count > 0, bool(row.tools), *map(outline, row.turns))
         if order not in faults:
             faults[order] = fault(row) if count else NO_ANSWER
         if reason := faults[order]:
             reasons[reason] += 1
     return Survey(rows, answers, dict(reasons))
+
+
+def outline(turn: Turn) -> tuple[str, bool, bool]:
+    """What decides whether a template can write a turn: its role, whether it says something, and whether it calls."""
+    return turn["role"], bool(turn["content"].strip()), bool(turn.get("tool_calls"))
 
 
 def left_out(rows: int, reasons: Mapping[str, int]) -> str:

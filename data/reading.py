@@ -35,8 +35,8 @@ class Unreadable(SettingsError):
     """A file that cannot be read; the message names it, and the line."""
 
 
-def rows_of(file: Path, kind: str, split: str, progress: Callable[[int], None]) -> Iterator[tuple[int, Row]]:
-    """The rows of one file. `progress` is told the bytes of the file that have been read.
+def rows_of(file: Path, name: str, kind: str, split: str, progress: Callable[[int], None]) -> Iterator[tuple[int, Row]]:
+    """The rows of one file, in messages called `name`. `progress` is told the bytes of it that have been read.
 
     Raises:
         Unreadable: if it is broken, with the line.
@@ -45,7 +45,7 @@ def rows_of(file: Path, kind: str, split: str, progress: Callable[[int], None]) 
         with file.open("rb") as opened:
             watched = io.BufferedReader(Watched(opened, progress))
             if watched.peek(len(LFS))[: len(LFS)] == LFS:
-                raise Unreadable(f"{file.name} is a Git LFS pointer, not the file itself: run `git lfs pull` there")
+                raise Unreadable(f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull` there")
             if kind == "parquet":
                 yield from read_parquet(opened, progress)
             elif kind == "arrow":
@@ -56,9 +56,9 @@ def rows_of(file: Path, kind: str, split: str, progress: Callable[[int], None]) 
                 delimiters = DELIMITERS if ".tsv" not in file.name.lower() else "\t" + DELIMITERS
                 yield from read_json(stream, split) if kind == "json" else read_csv(stream, delimiters)
     except Unreadable as error:
-        raise Unreadable(f"{file.name} {error}" if file.name not in str(error) else str(error)) from error
+        raise Unreadable(f"{name} {error}" if name not in str(error) else str(error)) from error
     except (OSError, EOFError, ValueError, RecursionError, pa.ArrowException) as error:
-        raise Unreadable(f"{file.name} cannot be read ({shortened(error, 300)})") from error
+        raise Unreadable(f"{name} cannot be read ({shortened(error, 300)})") from error
 
 
 class Watched(io.RawIOBase):
@@ -263,6 +263,8 @@ def read_csv(stream: Iterable[bytes], delimiters: str) -> Iterator[tuple[int, Ro
     csv.field_size_limit(sys.maxsize)
     lines = Numbered(stream)
     start = next((line for line in lines if line.strip()), "")
+    if "\r" in start.rstrip("\r\n"):
+        raise Unreadable("has lines that end with a carriage return alone; save it with line feeds (LF or CRLF)")
     if directive := re.fullmatch(r"sep=(.)\r?\n", start):  # as Excel writes it
         start, delimiter = next(lines, ""), directive[1]
     else:
@@ -336,24 +338,19 @@ def read_arrow(file: IO[bytes]) -> Iterator[tuple[int, Row]]:
 
 def cells_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[tuple[int, Row]]:
     """Rows of typed columns as text, labels by their names."""
+    if twice := {name for name in schema.names if schema.names.count(name) > 1}:
+        raise Unreadable(f"names the column {min(twice)} twice")
     number, typed = 0, b"huggingface" in (schema.metadata or {})  # where `datasets` notes its own types
     features = Features.from_arrow_schema(schema) if typed else dict.fromkeys(schema.names)
     names = {column: names_in(feature) for column, feature in features.items()}
-    short = [is_short(field.type) for field in schema]
     for batch in batches:
         columns = [
-            plain(map(names[name], column.to_pylist()), is_float)
-            for name, column, is_float in zip(schema.names, batch.columns, short, strict=True)
+            plain(map(names[field.name], column.to_pylist()), field.type)
+            for field, column in zip(schema, batch.columns, strict=True)
         ]
         for cells in zip(*columns, strict=True):
             number += 1
             yield number, dict(zip(schema.names, cells, strict=True))
-
-
-def is_short(kind: pa.DataType) -> bool:
-    """Whether the numbers in it are floats of less than 64 bits."""
-    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-    return bool(pa.types.is_float32(inner) or pa.types.is_float16(inner))
 
 
 def names_in(feature: Any) -> Callable[[Any], Any]:

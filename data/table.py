@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ BATCH_BYTES, BATCH_ROWS = 8 << 20, 5000
 KEPT_BYTES = 64 << 20  # of text in main memory; more of it lies in a file
 LINE_S = 30.0  # between two lines about a long reading, where there is no terminal
 
+Place = tuple[str, int]
+"""A file's name, and the number of a line in it."""
 Kinds = Mapping[str, Mapping[str, str]]
 """By column: the kinds of its cells, each with the place of the first."""
 
@@ -36,6 +38,8 @@ class Table:
 
     columns: pa.Table
     kinds: Kinds
+    files: Sequence[tuple[int, str]] = ()
+    """Where they are from: the number of rows before each file, and its name."""
 
 
 class TableWriter:
@@ -43,21 +47,26 @@ class TableWriter:
 
     def __init__(self) -> None:
         self.cells: dict[str, list[str | None]] = {}
+        self.places: list[Place] = []
+        self.files: list[tuple[int, str]] = []
+        self.flushed = 0
         self.kinds: dict[str, dict[str, str]] = {}
         self.count = self.size = self.kept_size = 0
         self.kept: list[pa.Table] = []
         self.spool: Spool | None = None
 
-    def add(self, place: tuple[str, int], row: Mapping[str, Any]) -> None:
+    def add(self, place: Place, row: Mapping[str, Any]) -> None:
         """A row, and the file and line that it is from.
 
         Raises:
-            SettingsError: for half a character of UTF-16, which is no text.
+            SettingsError: for half a character of UTF-16, which is no text, or a name that no table can have.
         """
         count, cells = self.count, self.cells
         for name, value in row.items():
             column = cells.get(name)
             if column is None:
+                if "\0" in name:
+                    raise SettingsError(f"{at(place)} names a column with a NUL character; is it text in UTF-8?")
                 column = cells[name] = [None] * count
                 self.kinds.setdefault(name, {})
             elif len(column) < count:
@@ -65,15 +74,18 @@ class TableWriter:
             if value is not None:
                 kind, text = told(value)
                 if kind not in self.kinds[name]:
-                    self.kinds[name][kind] = f"{place[0]} line {place[1]}"
+                    self.kinds[name][kind] = at(place)
                 self.size += len(text or "")
                 value = text
             column.append(value)
+        if not self.files or self.files[-1][1] != place[0]:
+            self.files.append((self.flushed + self.count, place[0]))
         self.count += 1
+        self.places.append(place)
         if self.size > BATCH_BYTES or self.count == BATCH_ROWS:
-            self.flush(place)
+            self.flush()
 
-    def flush(self, place: tuple[str, int]) -> None:
+    def flush(self) -> None:
         if self.count and not self.cells:  # rows without any column
             self.cells[next(iter(self.kinds), "")] = []
         for column in self.cells.values():
@@ -82,10 +94,10 @@ class TableWriter:
             try:
                 part = pa.table({name: pa.array(cells, pa.string()) for name, cells in self.cells.items()})
             except (UnicodeEncodeError, pa.ArrowException) as error:
-                what = f"half a character ({half_in(self.cells)})"
-                raise SettingsError(f"{place[0]} holds {what}, which is no text") from error
+                raise SettingsError(half_in(self.cells, self.places)) from error
             self.keep(part)
-        self.cells, self.count, self.size = {}, 0, 0
+        self.flushed += self.count
+        self.cells, self.places, self.count, self.size = {}, [], 0, 0
 
     def keep(self, part: pa.Table) -> None:
         self.kept_size += part.nbytes
@@ -99,22 +111,24 @@ class TableWriter:
         else:
             self.kept.append(part)
 
-    def finish(self, place: tuple[str, int]) -> Table:
-        self.flush(place)
+    def finish(self) -> Table:
+        self.flush()
         parts = self.spool.read() if self.spool else self.kept
         columns = pa.concat_tables(parts, promote_options="default") if parts else pa.table({})
-        return Table(columns.replace_schema_metadata(None), self.kinds)
+        return Table(columns.replace_schema_metadata(None), self.kinds, self.files)
 
 
-def half_in(cells: Mapping[str, list[str | None]]) -> str:
-    """What is no text, and in which column it stands."""
+def half_in(cells: Mapping[str, list[str | None]], at_rows: Sequence[Place]) -> str:
+    """What is no text, and where it stands: a column's name where the first row of these has that column."""
     for name, column in cells.items():
-        for text in (name, *filter(None, column)):
+        first = next((number for number, text in enumerate(column) if text is not None), 0)
+        for number, text in ((first, name), *enumerate(column)):
             try:
-                text.encode()
+                (text or "").encode()
             except UnicodeEncodeError as error:
-                return f"\\u{ord(text[error.start]):04x} in the column {name.encode(errors='replace').decode()}"
-    return "?"
+                what = f"\\u{ord(error.object[error.start]):04x} in the column {name.encode(errors='replace').decode()}"
+                return f"{at(at_rows[number])} holds half a character ({what}), which is no text"
+    return f"the rows up to {at(at_rows[-1])} hold what is no text"
 
 
 class Spool:
@@ -179,14 +193,21 @@ class Reading:
         self.bar.close()
 
 
-def table_of(rows: Iterable[tuple[tuple[str, int], Mapping[str, Any]]]) -> Table:
+def at(place: Place) -> str:
+    return f"{place[0]} line {place[1]}"
+
+
+def table_of(rows: Iterable[tuple[Place, Mapping[str, Any]]]) -> Table:
     """All `rows`, each with the file and line that it is from, as one table."""
-    writer, place = TableWriter(), ("it", 0)
+    writer = TableWriter()
     for place, row in rows:
-        writer.add(place, row)
-    return writer.finish(place)
+        try:
+            writer.add(place, row)
+        except RecursionError as error:
+            raise SettingsError(f"{at(place)} holds lists or objects that are nested too deeply") from error
+    return writer.finish()
 
 
-def places(name: str, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[tuple[str, int], Any]]:
+def places(name: str, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[Place, Any]]:
     for number, row in rows:
         yield (name, number), row

@@ -19,7 +19,7 @@ from rich.text import Text
 from transformers import TextStreamer, set_seed
 
 import model as adapters
-from dataset import as_message, encode_prompt, load_rows, messages_of, tokenize_rows
+from dataset import Turn, as_message, asked_in, encode_prompt, left_out, load_rows, object_in, tokenize_rows
 from exchange.scores import figures
 from learning.evaluation import generate, held_out, score
 from learning.tuned import PICKLED_FILE, TOKENIZER_FILES, choose_template, explained, find_tuned
@@ -69,9 +69,9 @@ class Answerer:
         template = self.options.template or "of the adapter"
         return explained(f"--template={template}: makes no prompt", "; choose another, such as --template=alpaca")
 
-    def prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def prompt(self, messages: Sequence[Turn], tools: Sequence[Any] | None = None) -> list[int]:
         with self.prompting():
-            return encode_prompt(self.tokenizer, self.template, messages)
+            return encode_prompt(self.tokenizer, self.template, messages, tools)
 
     def answers(self, prompts: Sequence[list[int]], streamer: Any = None) -> list[str]:
         """What is answered to each prompt; `streamer` gets the tokens of a single one while they are made."""
@@ -133,7 +133,8 @@ def answer_all(checkpoint: Path, options: argparse.Namespace) -> None:
     assert not starts or answerer.model  # loaded before the clock runs
     for start in track(list(starts), description="answering"):
         rows = questions[start : start + options.batch_size]
-        answers = answerer.answers([answerer.prompt(row.get("messages") or [as_message(row)]) for row in rows])
+        prompts = [answerer.prompt(row.get("messages") or [as_message(row)], row.get("tools")) for row in rows]
+        answers = answerer.answers(prompts)
         with writing("output", options.output), options.output.open("a", encoding="utf-8") as file:
             for row, answer in zip(rows, answers, strict=True):
                 record = row | {"answer": answer, "made_by": made_by}
@@ -144,7 +145,7 @@ def answer_all(checkpoint: Path, options: argparse.Namespace) -> None:
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Lines with `question`, `prompt`, `instruction` and `input`, or `messages`; blank ones are skipped.
+    """Lines with `question`, or with what rows of any shape have but their answer; blank ones are skipped.
 
     Raises:
         SettingsError: with the number of the line that is none.
@@ -163,23 +164,25 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
 
 def read_question(where: str, line: str) -> dict[str, Any]:
     with explained(f"{where} is not a JSON object"):
-        row = json.loads(line)
-        messages = row.get("messages", row.get("conversations"))
-        text, given = row.get("question", row.get("instruction", row.get("prompt"))), row.get("input", "")
-        f"{text}{given}{messages}".encode()  # half a character outside of the basic plane is no text
-    if messages is not None:
-        with explained(f"{where} cannot be asked"):
-            return {"messages": up_to_question(messages)}
-    if not isinstance(text, str) or not text.strip():
-        raise SettingsError(f'{where} has no text in "question" or "instruction"')
-    if isinstance(given, dict | list):
-        raise SettingsError(f'{where} has a {type(given).__name__} in "input"; use text')
-    return {"instruction": text, "input": given}
+        row = object_in(line)
+    text = row.get("question", row.get("instruction", row.get("prompt")))
+    given = row.get("input", row.get("context", ""))
+    if row.get("messages", row.get("conversations")) is None and not isinstance(text, dict | list):
+        if not isinstance(text, str) or not text.strip():
+            raise SettingsError(f'{where} has no text in "question" or "instruction"')
+        if isinstance(given, dict | list):
+            raise SettingsError(f'{where} has a {type(given).__name__} in "input"; use text')
+    with explained(f"{where} cannot be asked"):
+        asked = asked_in(row)
+        turns = up_to_question(asked.turns)
+    if len(turns) == 1 and "input" in turns[0]:
+        return {"instruction": text, "input": given}
+    return {"messages": turns} | ({"tools": asked.tools} if asked.tools else {})
 
 
-def up_to_question(messages: Any) -> list[dict[str, Any]]:
+def up_to_question(turns: Sequence[Turn]) -> list[Turn]:
     """A conversation up to the last turn that asks: answers that stand behind it are left out."""
-    turns = messages_of(messages)
+    turns = list(turns)
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns or turns[-1]["role"] not in ("user", "tool"):
@@ -222,8 +225,9 @@ def evaluate(checkpoint: Path, options: argparse.Namespace) -> None:
     rows = load_rows(cfg)
     with answerer.prompting():
         partition = tokenize_rows(rows, answerer.tokenizer, answerer.template, options.seq_length)
+    why = left_out(len(rows), partition.reasons)
     if not len(partition):
-        raise SettingsError(f"--evaluate={options.evaluate}: none of its rows has an output")
+        raise SettingsError(f"--evaluate={options.evaluate}: {why}")
     data = held_out(partition, np.arange(len(partition)), rows, cfg.category_column)
     asked = options.batch_size * options.seq_length, options.answers, options.max_new_tokens
     found = {name: figures(score(answerer.model, answerer.tokenizer, data, *asked)) for name in answerer.models()}
@@ -231,6 +235,8 @@ def evaluate(checkpoint: Path, options: argparse.Namespace) -> None:
     what = f"{len(partition)} rows of {options.evaluate}, {answered}; {answerer.name}"
     console = Console(highlight=False)
     console.print(what, soft_wrap=True, markup=False)
+    if why:
+        console.print(why, soft_wrap=True, markup=False)
     console.print(table_of(found))
     if options.output:
         with writing("output", options.output):

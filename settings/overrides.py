@@ -21,9 +21,13 @@ def canonical(overrides: Sequence[str]) -> list[str]:
 
 
 def in_quotes(override: str) -> str:
-    """KEY=PATH with the path in quotes, if something is there that Hydra would not take for text as it stands."""
+    """KEY=PATH with the path in quotes, if something is there that Hydra would not take for text as it stands.
+
+    What begins with the home folder is a path, whether it is there or not.
+    """
     key, _, value = override.partition("=")
-    if key.lstrip("+") in PATHS and os.path.exists(os.path.expanduser(value)) and not reads_back(value):  # noqa: PTH110, PTH111
+    is_path = value.startswith("~/") or os.path.exists(os.path.expanduser(value))  # noqa: PTH110, PTH111
+    if key.lstrip("+") in PATHS and is_path and not reads_back(value):
         return f"{key}={quoted(value)}"
     return override
 

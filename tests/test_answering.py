@@ -242,11 +242,36 @@ def test_questions_may_be_conversations_of_which_the_last_turn_is_asked(answerer
     sharegpt = [{"from": {"user": "human", "assistant": "gpt"}[t["role"]], "value": t["content"]} for t in turns]
     answered = {"from": "gpt", "value": "the right answer"}
     lines = [{"messages": turns}, {"conversations": [*sharegpt, answered]}, {"prompt": "And now?"}]
+    lines += [{"prompt": turns}, {"messages": json.dumps(turns)}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = answering.read_questions(tmp_path / "q.jsonl")
-    assert asked == [{"messages": turns}, {"messages": turns}, {"instruction": "And now?", "input": ""}]
+    assert asked == [
+        {"messages": turns},
+        {"messages": turns},
+        {"instruction": "And now?", "input": ""},
+        asked[0],
+        asked[0],
+    ]
     text = answerer.tokenizer.decode(answerer.prompt(asked[0]["messages"]))
     assert text.endswith("Hi.</s>### Instruction:\nAnd now?\n\n### Response:\n")
+
+
+def test_questions_keep_what_stands_beside_them(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    lines = [
+        b'{"instruction": "x", "context": "y", "response": "z"}',
+        b'{"question": "x", "system": "s", "history": [["a", "b"]]}',
+        b'{"messages": [{"role": "user", "content": 1.50}], "system": "s", "tools": '
+        + json.dumps(tools).encode()
+        + b"}",
+    ]
+    (tmp_path / "q.jsonl").write_bytes(b"\n".join(lines))
+    dolly, alpaca, chat = answering.read_questions(tmp_path / "q.jsonl")
+    assert dolly == {"instruction": "x", "input": "y"}
+    turns = [(turn["role"], turn["content"]) for turn in alpaca["messages"]]
+    assert turns == [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "x")]
+    assert chat["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "1.50"}]
+    assert chat["tools"] == tools
 
 
 NO_QUESTIONS = {
@@ -257,6 +282,9 @@ NO_QUESTIONS = {
     b'\n\n{"question": 7}\n': 'line 3 has no text in "question"',
     b'{"question": "x", "input": {"a": 1}}': 'line 1 has a dict in "input"',
     b'{"question": "\\ud800"}': "line 1 is not a JSON object",
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}': "line 1 is not a JSON object",
+    b'{"question": "x", "question": "y"}': "line 1 is not a JSON object ('question' is named twice)",
+    b"[1]": "line 1 is not a JSON object (it is something else)",
     b"[" * 100_000: "line 1 is not a JSON object",
     '{"question": "x"}'.encode("utf-16"): "cannot be read",
 }

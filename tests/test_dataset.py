@@ -122,6 +122,34 @@ def test_natural_partitions_must_match_the_number_of_clients():
     assert dataset.partition_rows(rows, config.dataset, kinds, seed=0).num_partitions == kinds
 
 
+IDS = ["118446744073709551613", "118446744073709551614", "118446744073709551615"]
+
+
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [
+        (["1", "1.0", "2"], 2),
+        (["18446744073709551615", "18446744073709551614", "7"], 3),
+        (IDS, 3),
+        (["1", "NaN"], None),
+    ],
+)
+def test_numbers_to_partition_by_stay_apart(values, count, tmp_path):
+    row = '{{"instruction": "x", "output": "y", "_row_number": 1, "number": {}}}\n'
+    (tmp_path / "d.jsonl").write_text("".join(row.format(value) for value in values * 2))
+    config = small(
+        f"dataset.name={tmp_path / 'd.jsonl'}", "dataset/partitioner=natural_id",
+        "dataset.partitioner.partition_by=number",
+    )  # fmt: skip
+    rows = dataset.load_rows(config.dataset)
+    if count is None:
+        with pytest.raises(SettingsError, match=r"partition_by=number: 2 of 4 rows have NaN"):
+            dataset.partition_rows(rows, config.dataset, 2, seed=0)
+        return
+    partitioner = dataset.partition_rows(rows, config.dataset, count, seed=0)
+    assert sum(len(dataset.partition_of(rows, partitioner, index)) for index in range(count)) == 2 * len(values)
+
+
 def test_client_sees_every_row_once_before_any_twice():
     rows = np.arange(100, 110)
     stream = [dataset.fresh_rows(rows, first, 4, seed=1, partition_id=2) for first in range(0, 40, 4)]

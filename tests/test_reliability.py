@@ -306,10 +306,10 @@ def test_run_goes_on_only_with_settings_that_give_the_same_results(override, all
 
 def test_run_does_not_go_on_with_other_rows(tmp_path):
     with runfolder.claimed(tmp_path, small(), []):
-        runfolder.check_data(tmp_path, {"rows": 3, "sha256_of_sample": "a"})
-        runfolder.check_data(tmp_path, {"rows": 3, "sha256_of_sample": "a"})
+        runfolder.check_data(tmp_path, {"rows": 3, "sha256": "a"})
+        runfolder.check_data(tmp_path, {"rows": 3, "sha256": "a"})
         with pytest.raises(SettingsError, match="was started with other rows"):
-            runfolder.check_data(tmp_path, {"rows": 3, "sha256_of_sample": "b"})
+            runfolder.check_data(tmp_path, {"rows": 3, "sha256": "b"})
 
 
 def write_settings(folder: Path, *overrides: str, **values) -> None:

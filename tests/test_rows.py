@@ -5,8 +5,10 @@ import csv
 import gzip
 import io
 import json
+from decimal import Decimal
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -41,10 +43,14 @@ def zstd(content: bytes) -> bytes:
     return pa.compress(content, codec="zstd", asbytes=True)
 
 
-def parquet(columns: dict, schema=None) -> bytes:
+def parquet(columns: dict | pa.Table, schema=None) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=schema), sink)
+    pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns, schema=schema), sink)
     return sink.getvalue()
+
+
+def chat(*turns: dict) -> bytes:
+    return lines([{"messages": [{"role": role, "content": "x"} | more for role, more in turns]}])
 
 
 def written(folder, files: dict[str, bytes]):
@@ -212,6 +218,43 @@ GOOD = {  # what: files, what is trained
         {"d.parquet": parquet({"instruction": ["x"] * 2, "output": pa.array([2**64 - 1, None], pa.uint64())})},
         [str(2**64 - 1), ""],
     ),
+    "floats of 32 bits in messages": (
+        {
+            "d.parquet": parquet(
+                {
+                    "messages": pa.array(
+                        [[{"role": "user", "content": 0.1}, {"role": "assistant", "content": 0.2}]],
+                        pa.list_(pa.struct({"role": pa.string(), "content": pa.float32()})),
+                    )
+                }
+            )
+        },
+        ["0.2"],
+    ),
+    "decimals": (
+        {
+            "d.parquet": parquet(
+                {
+                    "instruction": ["x"] * 3,
+                    "output": pa.array([Decimal("0"), Decimal("0.00000012"), Decimal("1.5")], pa.decimal128(20, 8)),
+                }
+            )
+        },
+        ["0.00000000", "0.00000012", "1.50000000"],
+    ),
+    "no numbers that JSON knows, in messages": (
+        {"d.jsonl": b"".join(chat(("user", {}), ("assistant", {"content": v})) for v in (np.nan, -np.inf))},
+        ["NaN", "-Infinity"],
+    ),
+    "bytes in a column that nobody needs": (
+        {"d.parquet": parquet({"instruction": ["x"], "output": ["y"], "images": [[{"bytes": b"PNG"}]]})},
+        ["y"],
+    ),
+    "lines that end with two carriage returns and a line feed": ({"d.csv": table(ROWS, end="\r\r\n")}, RIGHT),
+    "what opens a conversation answers nothing": (
+        {"d.jsonl": chat(("assistant", {"content": "Hello"}), ("user", {}), ("assistant", {"content": "y"}))},
+        ["y"],
+    ),
     "dates of a typed file": (
         {"d.parquet": parquet({"instruction": ["x"], "output": pa.array([19845], pa.date32())})},
         ["2024-05-02"],
@@ -278,6 +321,60 @@ BAD = {  # what: files, what is said
         "d.csv line 2 is not UTF-8",
     ),
     "text that is not UTF-8 in an array": ({"d.json": b'[\n{"instruction": "\xe9"}]'}, "d.json line 2 is not UTF-8"),
+    "UTF-16 without its mark": ({"d.csv": "instruction,output\na,b\n".encode("utf-16-le")}, "with a NUL character"),
+    "a NUL in a name": (
+        {"d.jsonl": lines(ROWS[:2]) + b'{"a\\u0000b": "x"}'},
+        "d.jsonl line 3 names a column with a NUL",
+    ),
+    "carriage returns alone": (
+        {"d.csv": table(ROWS, end="\r")},
+        "d.csv has lines that end with a carriage return alone",
+    ),
+    "half a character in the first of two files": (
+        {"a.jsonl": b'\n{"instruction": "x", "output": "\\ud83d"}', "b.jsonl": lines(ROWS)},
+        "a.jsonl line 2 holds half a character (\\ud83d in the column output)",
+    ),
+    "lists in lists without end": (
+        {"d.jsonl": b'{"instruction": "x", "output": "y", "z": ' + b"[" * 900 + b"]" * 900 + b"}"},
+        "d.jsonl line 1",
+    ),
+    "a column twice in a typed file": (
+        {"d.parquet": parquet(pa.Table.from_arrays([pa.array(["x"])] * 3, ["instruction", "output", "output"]))},
+        "d.parquet names the column output twice",
+    ),
+    "bytes in a message": (
+        {"d.parquet": parquet({"messages": [[{"role": "user", "content": b"x"}]]})},
+        "row 1 has a message whose content is an object with bytes; use text",
+    ),
+    "a weight that is neither 0 nor 1": (
+        {"d.jsonl": chat(("user", {}), ("assistant", {})) + chat(("user", {}), ("assistant", {"weight": 0.5}))},
+        "row 2 has a message of the weight 0.5; use 0 or 1",
+    ),
+    "a weight that is a list": ({"d.jsonl": chat(("assistant", {"weight": [1]}))}, "of the weight [1]; use 0 or 1"),
+    "columns of messages that do not fit": (
+        {"d.jsonl": lines([{"messages": {"role": ["user", "assistant"], "content": ["x"]}}])},
+        "row 1 has lists of different lengths in role, content",
+    ),
+    "a message of nobody in the second file": (
+        {"a/x.jsonl": chat(("user", {})) * 3, "b/x.jsonl": chat(("user", {})) + chat(("nobody", {}))},
+        "row 2 of b/x.jsonl has a message of the role 'nobody'",
+    ),
+    "a broken line in one of two files of the same name": (
+        {"a/x.jsonl": lines(ROWS), "b/x.jsonl": b"\n\n{"},
+        "b/x.jsonl line 3 is not JSON",
+    ),
+    "an object in the history": (
+        {"d.jsonl": lines([ROWS[0] | {"history": [["x", {"a": 1}]]}])},
+        "row 1 has a message whose content is an object with a; use text",
+    ),
+    "a completion that holds the prompt once more": (
+        {
+            "d.jsonl": lines(
+                [{"prompt": "x", "completion": [{"role": r, "content": "x"} for r in ("user", "assistant")]}]
+            )
+        },
+        "row 1 has a completion that begins with the prompt; use its column alone: dataset.columns={messages: COLUMN}",
+    ),
     "UTF-16": ({"d.csv": "instruction,output\n".encode("utf-16")}, "is text in UTF-16"),
     "half a character": ({"d.jsonl": b'{"instruction": "x", "output": "\\ud83d"}'}, "half a character"),
     "gzip that ends early": ({"d.jsonl.gz": gzip.compress(lines(ROWS))[:-20]}, "d.jsonl.gz cannot be read"),
@@ -315,6 +412,64 @@ def test_what_cannot_be_read_is_refused_with_its_place(what, tmp_path):
     assert str(raised.value).startswith(f"dataset.name={path}: ")
     assert expected in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset.name='  '"], "dataset.name= : needs a file, a folder or the id of a Hub data set"),
+        (["dataset.name="], "dataset.name=: needs a file, a folder or the id of a Hub data set"),
+        (["dataset.name=~/no such/[x].jsonl"], "dataset.name=~/no such/[x].jsonl: there is no such file or folder"),
+        (
+            ["dataset.split='train[:10%]'"],
+            "dataset.split=train[:10%]: parts and sums of splits are for data sets of the",
+        ),
+        (
+            ["dataset.columns={input: category, context: input}"],
+            "dataset.columns.context=input: category already is for",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_meant_get_one_line(overrides, message, tmp_path):
+    file = written(tmp_path, {"d.jsonl": lines(ROWS)})
+    with pytest.raises(SettingsError) as raised:
+        list(dataset.load_rows(config_of(file, *overrides)))
+    assert message in str(raised.value)
+
+
+def test_linked_folders_are_read_once_and_a_link_to_nothing_is_refused(tmp_path):
+    written(tmp_path, {"elsewhere/a.jsonl": lines(ROWS[:12]), "rows/b.jsonl": lines(ROWS[12:])})
+    (tmp_path / "rows" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "rows" / "around").symlink_to(tmp_path / "rows")
+    assert dataset.load_rows(config_of(tmp_path / "rows")).column("output") == RIGHT
+    (tmp_path / "rows" / "c.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(SettingsError, match="rows: c.jsonl is a link to a file that is not there"):
+        dataset.load_rows(config_of(tmp_path / "rows"))
+
+
+def test_a_row_that_cannot_be_written_is_counted_though_others_have_its_roles(tmp_path):
+    call = {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    spoken, called = (chat(("user", {}), ("assistant", more), ("tool", {}), ("assistant", {})) for more in ({}, call))
+    rows = dataset.load_rows(config_of(written(tmp_path, {"d.jsonl": spoken + called + spoken})))
+    found = dataset.survey(rows, lambda row: "with calls" if any("tool_calls" in turn for turn in row.turns) else None)
+    assert found.left_out == {"with calls": 1}
+
+
+def test_fingerprint_tells_every_row_that_is_read(tmp_path):
+    rows = [ROWS[0] | {"output": str(number)} for number in range(2500)]
+    found = set()
+    for number in (None, 0, 1001, 1251, 2499):  # not every second or third row only
+        changed = [row | ({"output": "other"} if at == number else {}) for at, row in enumerate(rows)]
+        found.add(
+            dataset.data_facts(dataset.load_rows(config_of(written(tmp_path, {"d.jsonl": lines(changed)}))))["sha256"]
+        )
+    assert len(found) == 5
+    changed = [row | {"category": "nobody needs it"} for row in rows]
+    written(tmp_path, {"d.jsonl": lines(rows)})
+    facts = dataset.data_facts(dataset.load_rows(config_of(tmp_path / "d.jsonl")))
+    assert facts["sha256"] in found
+    written(tmp_path, {"d.jsonl": lines(changed)})
+    assert facts == dataset.data_facts(dataset.load_rows(config_of(tmp_path / "d.jsonl")))
 
 
 @pytest.mark.parametrize(
