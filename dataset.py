@@ -90,7 +90,9 @@ def read_table(cfg: DatasetConfig) -> Table:
 def as_rows(table: Table, columns: Mapping[str, Any], name: str) -> Rows:
     if not table.columns.num_rows:
         raise SettingsError(f"{name}: has no rows")
-    return Rows(name, Dataset(table.columns, fingerprint="rows"), form_of(table, columns, name), table.kinds)
+    return Rows(
+        name, Dataset(table.columns, fingerprint="rows"), form_of(table, columns, name), table.kinds, table.files
+    )
 
 
 def local_rows(name: str, key: str = "dataset.name") -> Path | None:
@@ -141,8 +143,9 @@ def read_local(cfg: DatasetConfig, path: Path, in_splits: bool = False) -> Table
             raise SettingsError(f"dataset.split={cfg.split}: parts and sums of splits are for data sets of the Hub")
         kind, files = data_files(path, cfg.split, cfg.subset, in_splits)
         with contextlib.closing(Reading(path.name, sum(file.stat().st_size for file in files), "B")) as progress:
-            found = (place for file in files for place in places(file.name, rows_of(file, kind, cfg.split, progress)))
-            return table_of(found)
+            names = {file: file.name if file == path else file.relative_to(path).as_posix() for file in files}
+            read = (places(names[file], rows_of(file, names[file], kind, cfg.split, progress)) for file in files)
+            return table_of(itertools.chain.from_iterable(read))
     except SettingsError as error:
         raise SettingsError(f"{name}: {error}") from error
     except OSError as error:
@@ -261,9 +264,8 @@ def with_values(rows: Rows, partition_by: str | Sequence[str]) -> Dataset:
 
 def as_numbers(column: pa.ChunkedArray, key: str) -> pa.ChunkedArray:
     """Texts of numbers as such; as text if there is one among them of which 64 bits would make another."""
-    for kind in (pa.int64(), pa.uint64()):
-        with contextlib.suppress(pa.ArrowInvalid):
-            return column.cast(kind)
+    with contextlib.suppress(pa.ArrowInvalid):
+        return column.cast(pa.int64())
     if pc.any(pc.match_substring_regex(column, r"^-?\d{16,}$")).as_py():
         return column
     numbers = column.cast(pa.float64())

@@ -129,8 +129,7 @@ def as_cell(value: Any, kind: pa.DataType | None = None) -> Any:
     if isinstance(value, Decimal):
         return Number(format(value, "f"))
     if isinstance(value, dict):
-        struct = kind if isinstance(kind, pa.StructType) else None
-        kinds = {} if struct is None else {field.name: field.type for field in struct}
+        kinds = {field.name: field.type for field in kind} if isinstance(kind, pa.StructType) else {}
         return {str(key): as_cell(inner, kinds.get(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
         return [as_cell(inner, getattr(kind, "value_type", None)) for inner in value]

@@ -365,6 +365,8 @@ class Rows:
     table: Dataset
     form: Form
     kinds: Kinds
+    files: Sequence[tuple[int, str]] = ()
+    """The number of rows before each file, and its name."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -383,10 +385,15 @@ class Rows:
                 try:
                     yield self.form.conversation(dict(zip(self.form.columns, cells, strict=True)))
                 except ValueError as error:
-                    raise SettingsError(f"{self.name}: row {number} {error}") from error
+                    raise SettingsError(f"{self.name}: {self.place(number)} {error}") from error
+
+    def place(self, number: int) -> str:
+        """Where a row is, counted from 1: in which file, if there are several."""
+        before, name = next(((before, name) for before, name in reversed(self.files) if before < number), (0, ""))
+        return f"row {number - before} of {name}" if len(self.files) > 1 else f"row {number}"
 
     def select(self, numbers: Iterable[int] | np.ndarray) -> "Rows":
-        return replace(self, table=self.table.select(numbers))
+        return replace(self, table=self.table.select(numbers), files=())
 
     def column(self, name: str) -> list[str]:
         """The text of a column, empty where there is none."""

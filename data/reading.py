@@ -35,8 +35,8 @@ class Unreadable(SettingsError):
     """A file that cannot be read; the message names it, and the line."""
 
 
-def rows_of(file: Path, kind: str, split: str, progress: Callable[[int], None]) -> Iterator[tuple[int, Row]]:
-    """The rows of one file. `progress` is told the bytes of the file that have been read.
+def rows_of(file: Path, name: str, kind: str, split: str, progress: Callable[[int], None]) -> Iterator[tuple[int, Row]]:
+    """The rows of one file, in messages called `name`. `progress` is told the bytes of it that have been read.
 
     Raises:
         Unreadable: if it is broken, with the line.
@@ -45,7 +45,7 @@ def rows_of(file: Path, kind: str, split: str, progress: Callable[[int], None]) 
         with file.open("rb") as opened:
             watched = io.BufferedReader(Watched(opened, progress))
             if watched.peek(len(LFS))[: len(LFS)] == LFS:
-                raise Unreadable(f"{file.name} is a Git LFS pointer, not the file itself: run `git lfs pull` there")
+                raise Unreadable(f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull` there")
             if kind == "parquet":
                 yield from read_parquet(opened, progress)
             elif kind == "arrow":
@@ -56,9 +56,9 @@ def rows_of(file: Path, kind: str, split: str, progress: Callable[[int], None]) 
                 delimiters = DELIMITERS if ".tsv" not in file.name.lower() else "\t" + DELIMITERS
                 yield from read_json(stream, split) if kind == "json" else read_csv(stream, delimiters)
     except Unreadable as error:
-        raise Unreadable(f"{file.name} {error}" if file.name not in str(error) else str(error)) from error
+        raise Unreadable(f"{name} {error}" if name not in str(error) else str(error)) from error
     except (OSError, EOFError, ValueError, RecursionError, pa.ArrowException) as error:
-        raise Unreadable(f"{file.name} cannot be read ({shortened(error, 300)})") from error
+        raise Unreadable(f"{name} cannot be read ({shortened(error, 300)})") from error
 
 
 class Watched(io.RawIOBase):

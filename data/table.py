@@ -38,6 +38,8 @@ class Table:
 
     columns: pa.Table
     kinds: Kinds
+    files: Sequence[tuple[int, str]] = ()
+    """Where they are from: the number of rows before each file, and its name."""
 
 
 class TableWriter:
@@ -46,6 +48,8 @@ class TableWriter:
     def __init__(self) -> None:
         self.cells: dict[str, list[str | None]] = {}
         self.places: list[Place] = []
+        self.files: list[tuple[int, str]] = []
+        self.flushed = 0
         self.kinds: dict[str, dict[str, str]] = {}
         self.count = self.size = self.kept_size = 0
         self.kept: list[pa.Table] = []
@@ -74,6 +78,8 @@ class TableWriter:
                 self.size += len(text or "")
                 value = text
             column.append(value)
+        if not self.files or self.files[-1][1] != place[0]:
+            self.files.append((self.flushed + self.count, place[0]))
         self.count += 1
         self.places.append(place)
         if self.size > BATCH_BYTES or self.count == BATCH_ROWS:
@@ -90,6 +96,7 @@ class TableWriter:
             except (UnicodeEncodeError, pa.ArrowException) as error:
                 raise SettingsError(half_in(self.cells, self.places)) from error
             self.keep(part)
+        self.flushed += self.count
         self.cells, self.places, self.count, self.size = {}, [], 0, 0
 
     def keep(self, part: pa.Table) -> None:
@@ -108,7 +115,7 @@ class TableWriter:
         self.flush()
         parts = self.spool.read() if self.spool else self.kept
         columns = pa.concat_tables(parts, promote_options="default") if parts else pa.table({})
-        return Table(columns.replace_schema_metadata(None), self.kinds)
+        return Table(columns.replace_schema_metadata(None), self.kinds, self.files)
 
 
 def half_in(cells: Mapping[str, list[str | None]], at_rows: Sequence[Place]) -> str:

@@ -355,6 +355,14 @@ BAD = {  # what: files, what is said
         {"d.jsonl": lines([{"messages": {"role": ["user", "assistant"], "content": ["x"]}}])},
         "row 1 has lists of different lengths in role, content",
     ),
+    "a message of nobody in the second file": (
+        {"a/x.jsonl": chat(("user", {})) * 3, "b/x.jsonl": chat(("user", {})) + chat(("nobody", {}))},
+        "row 2 of b/x.jsonl has a message of the role 'nobody'",
+    ),
+    "a broken line in one of two files of the same name": (
+        {"a/x.jsonl": lines(ROWS), "b/x.jsonl": b"\n\n{"},
+        "b/x.jsonl line 3 is not JSON",
+    ),
     "an object in the history": (
         {"d.jsonl": lines([ROWS[0] | {"history": [["x", {"a": 1}]]}])},
         "row 1 has a message whose content is an object with a; use text",
