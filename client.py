@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from peft import LoraConfig
 
 import model as adapters
 from dataset import (
@@ -46,7 +47,7 @@ from learning.evaluation import HeldOut, held_out, score
 from learning.memory import advice
 from learning.training import Task, by_length, make_trainer, padded_tokens, peak_memory_bytes, train_on
 from model import Adapter, first_sentence
-from settings.schema import RunConfig, SettingsError
+from settings.schema import RunConfig, SettingsError, public
 from utils import log_to_file, seed_of
 
 FETCHED_S = 2.0  # how long a client's introduction waits for the base model to be on its machine
@@ -66,6 +67,7 @@ class Worker:
         self.held: dict[int, HeldOut] = {}
         self.counts = {"model_loads": 0, "tokenizations": 0}  # since they were last reported
         self.broken: SettingsError | None = None  # why the base model does not load: it is tried once
+        self.final: Adapter | None = None  # what the run ended with
         torch.set_num_threads(min(config.client_resources.num_cpus, os.cpu_count() or 1))
 
     @functools.cached_property
@@ -105,6 +107,11 @@ class Worker:
         if partition_id == GLOBAL_SET:
             return self.eval_rows
         return self.rows if self.own_rows else self.partitioner.load_partition(partition_id)
+
+    @functools.cached_property
+    def plan(self) -> tuple[LoraConfig, dict[str, tuple[int, ...]]]:
+        """The adapter that these settings make in this base model, known without its weights."""
+        return adapters.adapter_plan(self.config.model, adapters.read_config(self.config.model))
 
     @functools.cached_property
     def trainer(self) -> Any:
@@ -158,9 +165,11 @@ class Worker:
         partition = self.partitions[partition_id]
         if not len(partition):
             whose = "dataset.eval_name" if partition_id == GLOBAL_SET else f"client {partition_id}"
-            raise ValueError(
-                f"{whose}: none of its {partition.counts['rows']} rows has a response "
-                "(column output); look at the data, or at dataset.partitioner"
+            raise public(
+                ValueError(
+                    f"{whose}: none of its {partition.counts['rows']} rows has a response "
+                    "(column output); look at the data, or at dataset.partitioner"
+                )
             )
         return partition
 
@@ -279,7 +288,8 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
         reply = HANDLERS[name](site, content, partition_id)
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        raise RuntimeError(f"out of GPU memory ({first_sentence(error)}); it helps: {advice(site.config)}") from None
+        reason = f"out of GPU memory ({first_sentence(error)}); it helps: {advice(site.config)}"
+        raise public(RuntimeError(reason)) from None
     if "metrics" in reply.metric_records:
         reply.metric_records["metrics"]["total_s"] = time.perf_counter() - start
     return reply
@@ -362,8 +372,10 @@ def received_adapter(worker: Worker, content: RecordDict) -> Adapter:
     if worker.config.transfer == "fp32":
         return arrays
     if content["config"]["initial-sha256"] != transfer.digest(worker.initial):
-        raise ValueError(
-            f"transfer={worker.config.transfer}: this client makes another initial adapter than the server (another "
-            "version of peft or numpy, or another base model?); use transfer=fp32"
+        raise public(
+            ValueError(
+                f"transfer={worker.config.transfer}: this client makes another initial adapter than the server "
+                "(another version of peft or numpy, or another base model?); use transfer=fp32"
+            )
         )
     return transfer.decode(arrays, worker.initial, worker.config.transfer)

@@ -1,16 +1,19 @@
 """A client's failure as it travels: one line with what has to be changed, or a traceback."""
 
 import logging
+import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from flwr.app import Error, Message, RecordDict
 
 from settings.schema import RunError, SettingsError
+from utils import SUITE_FOLDER
 
-CLIENT_ERROR = 1  # Error.code of a reply that carries a client's traceback
-WORKER_DIED = 2  # of a reply in the name of a worker that died or was too late
-SETTINGS_ERROR = 3  # of one that says in a line what has to be changed, which no other try would
+CLIENT_ERROR = 101  # Error.code of a reply that carries a client's traceback
+WORKER_DIED = 102  # of a reply in the name of a worker that died or was too late
+SETTINGS_ERROR = 103  # of one that says in a line what has to be changed, which no other try would
 
 
 def replied(message: Message, work: Callable[[], RecordDict]) -> Message:
@@ -26,3 +29,35 @@ def replied(message: Message, work: Callable[[], RecordDict]) -> Message:
     except Exception:  # whatever it is, the server must learn of it
         logging.getLogger(__name__).exception("client failed")
         return Message(Error(CLIENT_ERROR, traceback.format_exc()), reply_to=message)
+
+
+# A site's failure: what is said of it elsewhere holds nothing of its rows, its files or its machine.
+
+LINE = re.compile(r"[\w.]+=[^:]*: \S+ line (\d{1,7})\b")  # of a file that cannot be read
+
+
+def failure_of(error: Exception, own: Iterable[str]) -> tuple[int, str, str]:
+    """What `error` is to others: its code, a text that may leave the site, and all there is for the site itself.
+
+    Args:
+        own: names of files and folders that must not leave either.
+    """
+    explains_itself = isinstance(error, SettingsError | RunError)
+    whole = str(error) if explains_itself else "".join(traceback.format_exception(error))
+    told = str(error) if getattr(error, "public", False) else outline(error)
+    for name in sorted(own, key=len, reverse=True):
+        told = told.replace(name, "(the site's own)") if len(name) > 1 else told
+    return SETTINGS_ERROR if isinstance(error, SettingsError) else CLIENT_ERROR, told, whole
+
+
+def outline(error: Exception) -> str:
+    """What went wrong and where in the suite's code, without the error's own words: they may quote a row."""
+    places = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = Path(frame.filename)
+        if file.is_relative_to(SUITE_FOLDER):
+            places.append(f"{frame.name} ({file.relative_to(SUITE_FOLDER)})")
+    found = LINE.match(str(error))
+    line = f", line {found[1]} of its file" if found else ""
+    kind = "its rows or files cannot be used" if isinstance(error, SettingsError) else type(error).__name__
+    return f"{kind}{line}: {', '.join(places[-2:])}; this site's own terminal and log say more"

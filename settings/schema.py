@@ -35,6 +35,12 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says what happened and to whom."""
 
 
+def public(error: Any) -> Any:
+    """`error`, marked: its text holds nothing of a row, a path or this machine, and may leave a node."""
+    error.public = True
+    return error
+
+
 def not_a(*kinds: type) -> BeforeValidator:
     """Refuses what pydantic would take for a number, but nobody would write for one."""
 
@@ -175,6 +181,8 @@ class SamplingConfig:
     """An update whose norm is above this many times the round's median is dropped; null accepts all."""
     max_bytes: Number | None = required(ge=1)
     """Bytes of adapters, down and up: the run ends before the round that would exceed them; null never."""
+    final_wait_s: Number = required(ge=0)
+    """Seconds for which sites that are away at the end are waited for, to hand them the adapter."""
 
 
 @dataclass(kw_only=True, config=STRICT)
