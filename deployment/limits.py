@@ -25,6 +25,18 @@ def check_adapter_of(worker: Worker, policy: Policy) -> None:
     check_adapter(policy, worker.plan[1])
 
 
+def check_arrays(worker: Worker, content: Any) -> None:
+    """Raise SettingsError if what is sent whole is no adapter of this run: PEFT would load base weights as well."""
+    if worker.config.transfer != "fp32":
+        return  # what travels otherwise is decoded against the adapter that this node makes
+    found = {name: tuple(array.shape) for name, array in content["arrays"].items()}
+    for name in sorted(found.keys() ^ worker.plan[1].keys()):
+        raise refusal("arrays", name[:100], "the tensors of the run's adapter to be sent, all of them and no other")
+    for name, shape in worker.plan[1].items():
+        if found[name] != tuple(shape):
+            raise refusal("arrays", f"{name[:100]} {found[name]}", f"{tuple(shape)}")
+
+
 def check_count(rows: int, policy: Policy) -> None:
     if rows < policy.min_step_rows:
         raise refusal("rows of this node", rows, f"at least {policy.min_step_rows} to train on (min_step_rows)")

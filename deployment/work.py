@@ -86,6 +86,7 @@ def describe(place: Place, content: Any) -> RecordDict:
 def train(place: Place, content: Any) -> RecordDict:
     worker = client.resident_worker(place.site)
     limits.check_adapter_of(worker, place.policy)
+    limits.check_arrays(worker, content)
     limits.check_training(worker, place.policy, content, place.partition_id)
     return handle("train", place, content)
 
@@ -93,6 +94,7 @@ def train(place: Place, content: Any) -> RecordDict:
 def evaluate(place: Place, content: Any) -> RecordDict:
     worker = client.resident_worker(place.site)
     limits.check_adapter_of(worker, place.policy)
+    limits.check_arrays(worker, content)
     limits.check_evaluation(worker, place.policy, content, place.partition_id)
     return limits.without_few_answers(handle("evaluate", place, content), place.policy)
 

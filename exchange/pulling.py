@@ -60,7 +60,8 @@ def read_one(grid: HttpGrid, metadata: Any, tree: Any, most_bytes: float) -> Mes
         received = ConfirmMessageReceivedRequest(node=grid.node, run_id=run_id, message_object_id=metadata.message_id)
         client.ConfirmMessageReceived(received)
     message = cast(Message, inflate_object_from_contents(metadata.message_id, contents))
-    message.metadata.__dict__["_message_id"] = metadata.message_id
+    asked = {"_message_id": metadata.message_id, "_reply_to_message_id": metadata.reply_to_message_id}
+    message.metadata.__dict__.update(asked)  # as the SuperLink knows it, whatever the reply says of itself
     return message
 
 

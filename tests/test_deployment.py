@@ -17,7 +17,9 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from cryptography import x509
 from datasets import Dataset
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
@@ -28,6 +30,7 @@ from deployment import bundle, certificates, connection, launchers, limits, resi
 from deployment.acceptance import accepted
 from deployment.work import answered
 from exchange.faults import SETTINGS_ERROR, failure_of
+from exchange.transfer import to_record
 from learning import training
 from learning.evaluation import HeldOut
 from settings.policy import read_policy
@@ -203,6 +206,25 @@ def test_embeddings_are_trained_only_where_the_owner_says_so(fresh_worker):
     limits.check_adapter_of(worker_with(), DEFAULT)  # all-linear
     with pytest.raises(SettingsError, match=r"down_proj: this node's policy allows q_proj, v_proj to be trained"):
         limits.check_adapter_of(worker_with(), dataclasses.replace(DEFAULT, target_modules=["q_proj", "v_proj"]))
+
+
+def test_server_cannot_change_the_base_model_of_a_node(fresh_worker):
+    node = PRIVATE | {"run-id": 1}
+    settings = "experiment=quickstart model.quantization=none"
+    worker = worker_with("model.quantization=none")
+    sent = {name: np.zeros(shape, np.float32) for name, shape in worker.plan[1].items()}
+    base = {name: value.clone() for name, value in worker.model.named_parameters() if not value.requires_grad}
+    name, value = next((name, value) for name, value in base.items() if "embed_tokens" in name)
+    config = {"learning-rate": 0.001, "first-row": 0, "server-round": 1, "rows": "own"}
+    first = next(iter(sent))
+    for arrays in (sent | {name: np.ones(value.shape, np.float32)}, sent | {first: np.zeros((1, 1), np.float32)}, {}):
+        records = {"arrays": to_record(arrays), "config": ConfigRecord(config)}
+        for handler in ("train", "evaluate"):
+            answer = answered(handler, settings, node, RecordDict(dict(records)))
+            assert answer.code == SETTINGS_ERROR
+            assert "arrays=" in answer.told
+    now = dict(worker.model.named_parameters())
+    assert all(torch.equal(value, now[name]) for name, value in base.items())
 
 
 def rows_file(path: Path, count: int) -> Path:
@@ -438,6 +460,28 @@ def test_certificates_are_made_once_whole_or_not_at_all_and_keys_are_private(tmp
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == made
     certificates.make(tmp_path, [], ["other"])
     assert (tmp_path / "other.pub").exists()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
+@pytest.mark.parametrize("unit", ["flower-client.service", "flower-superlink.service"])
+def test_service_files_are_valid_and_hold_what_runs_in_them(unit, tmp_path):
+    text = (SUITE_FOLDER / "deployment" / unit).read_text()
+    here = tmp_path / unit
+    here.write_text(text.replace("/opt/llm-flowertune/.venv/bin", str(BIN)))
+    verified = launch("systemd-analyze", "verify", str(here))
+    assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
+    exposed = launch("systemd-analyze", "security", "--offline=true", "--threshold=25", str(here))
+    assert exposed.returncode == 0, exposed.stdout  # 2.5 of 10 at most
+    assert str(BIN) in here.read_text()
+    [words] = re.findall(r"ExecStart=((?:.*\\\n)*.*)", text)
+    assert not [word for word in re.findall(r"--[a-z-]+(?==)", words) if word not in known_options(unit)]
+
+
+def known_options(unit: str) -> str:
+    """The --help of the command that a service file starts."""
+    return launch(
+        str(BIN / {"flower-client.service": "flower-client-app"}.get(unit, "flower-superlink")), "--help"
+    ).stdout
 
 
 @pytest.mark.parametrize("text", ["a b", "it's", 'say "hi"', "back\\slash", "ü😀", "a,b=[1,2]"])
@@ -783,11 +827,7 @@ def test_node_obeys_its_owner_whatever_a_server_or_a_stranger_sends(tmp_path):
         assert "embed_tokens: this node's policy allows no embedding" in " ".join(refused.stdout.split())
         assert "embed_tokens: this node's policy allows no embedding" in deployed.log("first") + deployed.log("second")
 
-        command = ["flower-server-app", "app:server", "--insecure", "--superlink", f"127.0.0.1:{deployed.port}"]
-        long = subprocess.Popen(
-            [*command, *RUN, f"{STEPS}.max_steps=1000", "strategy.round_timeout_s=600"], cwd=deployed.folder,
-            env=deployed.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        long = start_run(deployed, *RUN, f"{STEPS}.max_steps=1000", "strategy.round_timeout_s=600")
         for line in long.stdout:
             if "2 of 2" in line or "held-out" in line or "waiting for the clients" in line:
                 time.sleep(25)
@@ -801,6 +841,50 @@ def test_node_obeys_its_owner_whatever_a_server_or_a_stranger_sends(tmp_path):
         done = deployed.run(*RUN)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "first site" in (deployed.results() / "main.log").read_text()
+
+
+def start_run(deployed: Engine, *overrides: str) -> subprocess.Popen:
+    command = ["flower-server-app", "app:server", *deployed.security, "--superlink", f"127.0.0.1:{deployed.port}"]
+    return subprocess.Popen(
+        [*command, *overrides], cwd=deployed.folder, env=deployed.environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def read_until(run: subprocess.Popen, beginning: str) -> None:
+    for line in run.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"no line begins with {beginning}")
+
+
+@pytest.mark.slow
+def test_every_bad_end_of_a_run_says_why_where_and_how_to_resume(tmp_path):
+    settings = [*RUN, "num_rounds=50", "train.save_every_round=1"]
+    with engine(tmp_path / "run") as deployed:
+        deployed.node("first", "app:client1")
+        deployed.node("second", "app:client2")
+        run = start_run(deployed, *settings)
+        read_until(run, "round 2/")
+        for pid in children(deployed.processes["superlink"].pid, "flwr-serverapp"):
+            os.kill(pid, signal.SIGKILL)
+        said = run.communicate(timeout=300)[0]
+        folder = deployed.results()
+        assert run.returncode == 1, said
+        assert "error: the run's process on the server ended without a word" in said
+        assert f"log: {folder}/main.log" in said
+        assert f"resume={folder}" in said.splitlines()[-2]
+        assert said.splitlines()[-1].endswith("finished:failed")
+
+        run = start_run(deployed, f"resume={folder}")
+        read_until(run, "round 4/")
+        superlink = deployed.processes["superlink"]
+        superlink.send_signal(signal.SIGINT)
+        said = run.communicate(timeout=120)[0]
+        assert run.returncode == 1, said
+        assert "the SuperLink is gone, and the run with it" in said
+        assert f"resume={folder}" in said
+        superlink.wait(60)
 
 
 @pytest.mark.slow
@@ -829,12 +913,8 @@ def test_guide_for_hospitals_works_as_it_is_written(tmp_path):
         assert "403" in through.stdout + through.stderr, through.stdout + through.stderr
         start(0, f"--eval={rows_file(tmp_path / 'heldout.jsonl', 16)}")
         start(1)
-        command = ["flower-server-app", "app:server", *deployed.security, "--superlink", f"127.0.0.1:{deployed.port}"]
         settings = [*RUN, "num_rounds=8", "num_clients=2", "train.save_every_round=1", "strategy.round_timeout_s=60"]
-        run = subprocess.Popen(
-            [*command, *settings, "evaluate.every_rounds=4"], cwd=deployed.folder, env=deployed.environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        run = start_run(deployed, *settings, "evaluate.every_rounds=4")
         seen = []
         for line in run.stdout:
             seen.append(line)

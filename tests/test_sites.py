@@ -273,7 +273,7 @@ def test_reply_larger_than_it_can_be_is_not_read_to_its_end():
     identify_as_flower_task()
     arrays = ArrayRecord({"x": Array(np.zeros(20_000_000, np.float32))})  # Flower cuts it into pieces of 5 MB
     asked = Message(RecordDict(), 5, "train")
-    asked.metadata.__dict__["_message_id"] = "asked"
+    asked.metadata.__dict__["_message_id"] = "what another was asked"  # the SuperLink knows better
     reply = Message(RecordDict({"arrays": arrays}), reply_to=asked)
     for most, whole in ((1e9, True), (10e6, False)):
         grid = HttpGrid(token="x")  # noqa: S106
