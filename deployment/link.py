@@ -7,6 +7,7 @@ whose version is therefore pinned.
 
 import hashlib
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -168,9 +169,8 @@ class Link:
                 reason = self.why_refused(error)
             if time.monotonic() > deadline:
                 raise NotAccepted(reason)
-            if reason != said:
+            if said != (said := re.sub(r"\d", "", reason)):  # a clock that is off is off by another second now
                 self.say(f"warning: {reason}; tried again for {deadline - time.monotonic():.0f} s")
-                said = reason
             if self.leaving.wait(3):
                 raise NotAccepted(reason)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SUITE_FOLDER = Path(__file__).resolve().parents[1]
-LOOK_S = 5.0  # between two looks at whether a message is still wanted
+LOOK_S = 10.0  # between two looks at whether a message is still wanted
 EARLY_S, MOST_EARLY_DEATHS = 15.0, 3
 END_S = 5.0
 PR_SET_PDEATHSIG = 1

@@ -1,5 +1,6 @@
 """Deployment: real SuperLinks and nodes on loopback, started by the launchers; and what a node refuses."""
 
+import argparse
 import dataclasses
 import io
 import json
@@ -12,21 +13,27 @@ import stat
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from contextlib import contextmanager
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from datasets import Dataset
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from flwr.cli.build import build_fab_from_disk
 
 import client
-from deployment import bundle, certificates, connection, launchers, limits, resident, submission
+from deployment import bundle, certificates, connection, launchers, limits, link, resident, submission
 from deployment.acceptance import accepted
 from deployment.work import answered
 from exchange.faults import SETTINGS_ERROR, failure_of
@@ -768,6 +775,77 @@ def test_run_whose_clients_all_fail_exits_non_zero_with_the_clients_error(tmp_pa
         assert "finished:failed" in done.stdout
 
 
+def refused(status: int, clock_ahead_s: float = 0) -> httpx.HTTPStatusError:
+    date = formatdate(time.time() - clock_ahead_s, usegmt=True)
+    response = httpx.Response(status, headers={"date": date}, request=httpx.Request("POST", "http://superlink"))
+    return httpx.HTTPStatusError("refused", request=response.request, response=response)
+
+
+class Fleet:
+    """A SuperLink that refuses to activate a node, for one reason."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason, self.asked = reason, 0
+
+    def ActivateNode(self, request):
+        self.asked += 1
+        if self.reason == "in use" and request.heartbeat_interval < 0:
+            raise refused(400)
+        raise {"fast": refused(401, 30), "slow": refused(401, -400), "proxy": refused(403)}.get(
+            self.reason, refused(412)
+        )
+
+    RegisterNode = ActivateNode
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("fast", "this machine's clock is 3[01] s ahead of the SuperLink's"),
+        ("slow", "this machine's clock is (400|399) s behind the SuperLink's"),
+        ("in use", "this node's key is in use"),
+        ("unknown", "this node's public key is not registered"),
+        ("proxy", "the server's proxy does not let nodes through"),
+    ],
+)
+def test_node_that_is_not_accepted_says_the_true_reason_and_tries_again(reason, words, monkeypatch):
+    monkeypatch.setattr(link, "ACTIVATION_S", 0.05)
+    said = []
+    node = link.Link("127.0.0.1:1", True, None, ec.generate_private_key(ec.SECP384R1()), said.append)
+    node.client, node.leaving = Fleet(reason), SimpleNamespace(wait=lambda _: time.sleep(0.03))
+    with pytest.raises(link.NotAccepted, match=words):
+        node.activate()
+    assert node.client.asked >= 2
+    assert len(said) == 1
+    assert re.search(words, said[0])
+
+
+@pytest.mark.parametrize(("status", "exposed"), [(200, True), (403, False)])
+def test_superlink_that_strangers_reach_is_warned_of(status, exposed, monkeypatch):
+    class Door(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_): ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    options = argparse.Namespace(superlink=f"localhost:{server.server_port}", insecure=True)
+    monkeypatch.setattr(connection, "own_addresses", lambda: ["127.0.0.1"])
+    assert connection.exposed_at(options) is None  # only this machine reaches it
+    monkeypatch.setattr(connection, "is_local", lambda host: host == "localhost")
+    assert connection.exposed_at(options) == (f"127.0.0.1:{server.server_port}" if exposed else None)
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_the_datasets_library_makes_of_own_rows_is_private_and_ends_with_the_node(tmp_path):
+    assert launchers.worker_environment(str(tmp_path), {"dataset": "x"})["HF_DATASETS_CACHE"] == str(tmp_path)
+    assert launchers.worker_environment(str(tmp_path), {"eval": "x"})["HF_DATASETS_CACHE"] == str(tmp_path)
+    assert launchers.worker_environment(str(tmp_path), {}).get("HF_DATASETS_CACHE") != str(tmp_path)
+
+
 STRANGER = """
 from pathlib import Path
 from flwr.app import Message, RecordDict
@@ -812,6 +890,7 @@ def test_node_obeys_its_owner_whatever_a_server_or_a_stranger_sends(tmp_path):
     (app / "pyproject.toml").write_text(PROJECT)
     (app / "thief.py").write_text(STRANGER.replace("MARK", repr(str(tmp_path / "stolen"))))
     with engine(tmp_path / "run") as deployed:
+        deployed.environment |= {"TMPDIR": str(temporary(tmp_path)), "HF_HOME": str(tmp_path / "hf")}
         for name, partition in (("first", 0), ("second", 1)):
             data = rows_file(tmp_path / f"{name}.jsonl", 40)
             deployed.node(name, "app:client", f"--partition-id={partition}", f"--dataset={data}", f"--name={name} site")
@@ -841,6 +920,15 @@ def test_node_obeys_its_owner_whatever_a_server_or_a_stranger_sends(tmp_path):
         done = deployed.run(*RUN)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "first site" in (deployed.results() / "main.log").read_text()
+        own = [file for file in temporary(tmp_path).rglob("flowertune-*/**/*") if file.is_file()]
+        assert not [file for file in own if file.stat().st_mode & 0o077]
+        assert not list((tmp_path / "hf").rglob("*.arrow"))
+    assert not list(temporary(tmp_path).glob("flowertune-*"))  # the rows end with their nodes
+
+
+def temporary(folder: Path) -> Path:
+    (folder / "tmp").mkdir(exist_ok=True)
+    return folder / "tmp"
 
 
 def start_run(deployed: Engine, *overrides: str) -> subprocess.Popen:
