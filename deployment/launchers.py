@@ -131,8 +131,8 @@ def start_node(options: argparse.Namespace) -> int:
         from deployment.link import rows_key
 
         config["rows-key"] = rows_key(key)
-    log_to(log, config.get("keep"))
     os.umask(0o077)  # nothing that this node writes is for others
+    log_to(log, config.get("keep"))
     with tempfile.TemporaryDirectory(prefix="flowertune-") as private:
         try:
             with ResidentWorker(worker_environment(private, config)) as worker:

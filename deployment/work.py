@@ -22,6 +22,7 @@ from deployment import handover, limits
 from deployment.acceptance import accepted
 from deployment.resident import Answer
 from exchange.faults import failure_of
+from exchange.folding import folded, unfolded
 from settings.policy import Policy, read_policy
 from utils import SUITE_FOLDER, quiet_libraries
 
@@ -51,7 +52,8 @@ def answered(name: str, overrides: str, node: Mapping[str, Any], content: Any) -
     """
     quiet_libraries()
     try:
-        return Answer(HANDLERS[name](place_of(overrides, tuple(sorted(node.items()))), content))
+        content = unfolded(content) if content else content
+        return Answer(folded(HANDLERS[name](place_of(overrides, tuple(sorted(node.items()))), content)))
     except Exception as error:  # whatever it is, the server must learn of it
         own = [str(node[key]) for key in OWN_PATHS if key in node]
         return Answer(None, *failure_of(error, [*own, str(SUITE_FOLDER), str(Path.home())]))

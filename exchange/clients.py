@@ -5,6 +5,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -14,6 +15,7 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from exchange.faults import SETTINGS_ERROR
+from exchange.folding import folded, unfolded
 from exchange.guard import MOST
 from exchange.pulling import pull
 from settings.schema import RunError, SettingsError
@@ -285,8 +287,11 @@ class Clients:
         A reply is known by the message that it answers: when a node is lost, the engine answers for it.
         """
         sent: dict[str, int] = {}
+        sites, folds = {node for partition, node in self.nodes.items() if partition in self.sites}, dict[Any, Any]()
         for message in messages:
             self.traffic["bytes_down"] += payload_bytes(message)
+            if message.metadata.dst_node_id in sites:
+                message.content = folded(message.content, folds)
             sent |= dict.fromkeys(self.grid.push_messages([message]), message.metadata.dst_node_id)
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         replies: dict[int, Message] = {}
@@ -305,9 +310,12 @@ class Clients:
 
 
 def cleaned(reply: Message) -> Message:
-    """`reply`; what it says of an error cannot steer a terminal, and has an end."""
+    """`reply` with its arrays unfolded; what it says of an error cannot steer a terminal, and has an end."""
     if reply.has_error():
         reply.error.__dict__["_reason"] = printable(str(reply.error.reason))[:MOST_REASON]
+        return reply
+    with suppress(Exception):  # what cannot be unfolded stays as it is, and is found wanting
+        reply.content = unfolded(reply.content)
     return reply
 
 

@@ -4,6 +4,7 @@ import json
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
@@ -13,8 +14,10 @@ import client
 from deployment.node import HANDLERS
 from deployment.work import answered
 from exchange import clients as exchange_clients
+from exchange import folding
 from exchange.clients import Clients
 from exchange.pulling import SLACK_BYTES, pull
+from exchange.transfer import to_record
 from server import handover
 from settings.compose import compose
 from settings.schema import RunError
@@ -60,6 +63,7 @@ class Sites(LocalGrid):
         client._resident.update(self.workers.get(node, {}))
         words = " ".join(f"'{text}'" for text in self.overrides)
         found = answered(HANDLERS[kind], words, self.configs[node] | {"run-id": 7}, message.content)
+        assert sum(len(record) for record in message.content.array_records.values()) <= 1  # all arrays as one
         self.workers[node] = dict(client._resident)
         content = Error(found.code, found.told) if found.code else found.content
         self.replies[name] = Message(content, reply_to=message)
@@ -127,7 +131,7 @@ def test_server_that_names_another_adapter_than_it_sends_is_found_out(two, tmp_p
     words = " ".join(f"'{text}'" for text in grid.overrides)
     config = dict(message.content["config"])
     for wrong in ({"final-sha256": "0" * 64}, {}):
-        arrays = message.content["final"] if wrong else ArrayRecord()
+        arrays = folding.unfolded(message.content)["final"] if wrong else ArrayRecord()
         content = RecordDict({"final": arrays, "config": ConfigRecord(config | wrong)})
         found = answered("final", words, two[1] | {"run-id": 8}, content)
         assert found.code
@@ -268,8 +272,6 @@ class Runtime:
 
 
 def test_reply_larger_than_it_can_be_is_not_read_to_its_end():
-    import numpy as np
-
     identify_as_flower_task()
     arrays = ArrayRecord({"x": Array(np.zeros(20_000_000, np.float32))})  # Flower cuts it into pieces of 5 MB
     asked = Message(RecordDict(), 5, "train")
@@ -286,6 +288,54 @@ def test_reply_larger_than_it_can_be_is_not_read_to_its_end():
         else:
             assert "more than the 11000000 bytes" in got.error.reason
             assert runtime.read < most + SLACK_BYTES + 20e6
+
+
+def some_arrays():
+    rng = np.random.default_rng(0)
+    return {
+        "b": rng.standard_normal((3, 4)).astype(np.float32),
+        "a": rng.standard_normal(5).astype(np.float16),
+        "c": rng.integers(-9, 9, (2, 1, 2)).astype(np.int8),
+        "d": np.array(2.5, np.float32),
+    }
+
+
+def test_folded_arrays_are_the_same_bit_for_bit_and_travel_as_one():
+    content = RecordDict({"arrays": to_record(some_arrays()), "config": ConfigRecord({"x": 1})})
+    known = {}
+    sent = folding.folded(content, known)
+    assert sum(len(record) for record in sent.array_records.values()) == 1
+    assert (
+        folding.folded(RecordDict(dict(content) | {"config": ConfigRecord({"x": 2})}), known)["folded"]
+        is sent["folded"]
+    )
+    back = folding.unfolded(sent)
+    assert back["config"] == content["config"]
+    assert list(back["arrays"]) == list(content["arrays"])
+    for name, value in some_arrays().items():
+        got = back["arrays"][name].numpy()
+        assert (got.dtype, got.shape, got.tobytes()) == (value.dtype, value.shape, value.tobytes())
+    assert folding.unfolded(content) is content
+    nothing = RecordDict({"config": ConfigRecord({"x": 1})})
+    assert folding.folded(nothing) is nothing
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kinds": ["object", "float16", "int8", "float32"]},
+        {"shapes": ["5", "3,5", "2,1,2", ""]},
+        {"shapes": ["5", "3,3", "2,1,2", ""]},
+        {"shapes": ["5", "-3,-4", "2,1,2", ""]},
+        {"shapes": ["5", "99999999999,4", "2,1,2", ""]},
+        {"names": ["a"]},
+    ],
+)
+def test_layout_that_does_not_fit_its_bytes_is_refused(wrong):
+    sent = folding.folded(RecordDict({"arrays": to_record(some_arrays())}))
+    sent["layout"] = ConfigRecord(dict(sent["layout"]) | wrong)
+    with pytest.raises(ValueError, match=r"folded arrays|shorter"):
+        folding.unfolded(sent)
 
 
 def test_what_a_site_says_of_itself_cannot_steer_the_terminal_or_the_log():
