@@ -68,7 +68,7 @@ class Question:
 
     node: int
     asked: float
-    is_late: bool = False
+    is_waited_for: bool = True
 
 
 class Clients:
@@ -147,7 +147,7 @@ class Clients:
             if self.loading and self.loading != loading:
                 loading, what = dict(self.loading), ", ".join(sorted(set(self.loading.values())))
                 self.progress.say(f"{len(loading)} of {at_least} clients are downloading {what}")
-            waiting = [question for question in self.questions.values() if not question.is_late]
+            waiting = [question for question in self.questions.values() if question.is_waited_for]
             if len(self.nodes) >= at_least and not waiting:
                 return
             if time.monotonic() > deadline:
@@ -160,20 +160,20 @@ class Clients:
         """Forget clients that are gone, ask nodes that are new who they are, and take down what was answered."""
         online, now = self.online(), time.monotonic()
         self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
-        self.questions = {name: q for name, q in self.questions.items() if q.node in online}
+        self.questions = {n: q for n, q in self.questions.items() if q.node in online and now - q.asked < ASIDE_S}
         self.loading = {node: what for node, what in self.loading.items() if node in online}
         busy = {question.node for question in self.questions.values()} | self.unusable | set(self.nodes.values())
         for node in sorted(online - busy):
             if now >= self.aside.get(node, 0.0):
                 ttl_s = self.ttl_s if self.ttl_s == SIMULATED_TTL_S else ASIDE_S
                 for name in self.grid.push_messages([Message(RecordDict(), node, MessageType.QUERY, ttl=ttl_s)]):
-                    self.questions[name] = Question(node, now)
+                    self.questions[name] = Question(node, now, node not in self.loading)
         for reply in pull(self.grid, list(self.questions), self.most_bytes) if self.questions else []:
             question = self.questions.pop(reply.metadata.reply_to_message_id)
             self.meet(question.node, cleaned(reply))
         for question in self.questions.values():
-            if not question.is_late and now - question.asked > INTRODUCTION_S:
-                question.is_late = True
+            if question.is_waited_for and now - question.asked > INTRODUCTION_S:
+                question.is_waited_for = False
                 self.progress.warn(
                     f"{self.label_of_node(question.node)} does not say who it is for {INTRODUCTION_S:g}s; nobody waits "
                     "for it any more"

@@ -211,6 +211,26 @@ def test_silent_node_is_set_aside_once_and_named(two, tmp_path, monkeypatch):
     assert [node for _, node, _ in grid.seen] == [1, 2, 3]  # asked once
 
 
+def test_nobody_waits_in_a_round_for_a_newcomer_that_is_downloading(two, tmp_path):
+    grid = Sites(two | {3: site(tmp_path, 2, "C")})
+    answer = grid.answer
+
+    def loading(message):
+        name = answer(message)
+        if message.metadata.dst_node_id == 3:
+            facts = dict(grid.replies[name].content["client"]) | {"loading": "a large model"}
+            grid.replies[name] = Message(RecordDict({"client": ConfigRecord(facts)}), reply_to=message)
+        return name
+
+    grid.answer = loading
+    federation = federation_of(grid, tmp_path / "run")
+    federation.clients = Clients(grid, 3600.0, federation.progress)
+    for _ in range(3):
+        federation.clients.wait_for(2)  # as long as it takes to ask
+        assert federation.clients.loading == {3: "a large model"}
+    assert set(federation.clients.nodes) == {0, 1}
+
+
 def test_site_that_was_away_at_the_end_gets_the_adapter_when_it_is_back(two, tmp_path, monkeypatch):
     monkeypatch.setattr(handover, "LEAST_S", 0.2)
 
