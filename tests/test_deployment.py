@@ -29,9 +29,10 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from datasets import Dataset
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.cli.build import build_fab_from_disk
 
+import app
 import client
 from deployment import bundle, certificates, connection, launchers, limits, link, resident, submission
 from deployment.acceptance import accepted
@@ -42,7 +43,7 @@ from learning import training
 from learning.evaluation import HeldOut
 from settings.policy import read_policy
 from settings.schema import SettingsError
-from tests.conftest import children
+from tests.conftest import children, identify_as_flower_task
 from tests.test_house import modules
 from utils import SUITE_FOLDER, file_sha256, printable, read_json_lines
 
@@ -213,6 +214,22 @@ def test_embeddings_are_trained_only_where_the_owner_says_so(fresh_worker):
     limits.check_adapter_of(worker_with(), DEFAULT)  # all-linear
     with pytest.raises(SettingsError, match=r"down_proj: this node's policy allows q_proj, v_proj to be trained"):
         limits.check_adapter_of(worker_with(), dataclasses.replace(DEFAULT, target_modules=["q_proj", "v_proj"]))
+
+
+def test_app_of_a_plain_supernode_answers_within_the_same_policy(fresh_worker):
+    identify_as_flower_task()
+    message = Message(RecordDict(), 1, "query")
+    for overrides, refuses in (
+        ("experiment=quickstart", False),
+        (f"experiment=quickstart {STEPS}.max_steps=9999", True),
+    ):
+        context = Context(1, 1, {"partition-id": 5}, RecordDict(), {"overrides": overrides})
+        reply = app.client1(message, context)
+        assert reply.has_error() == refuses
+        if refuses:
+            assert "at most 1000 (max_steps)" in reply.error.reason
+        else:
+            assert reply.content["client"]["partition-id"] == 0  # client1's own
 
 
 def test_server_cannot_change_the_base_model_of_a_node(fresh_worker):
