@@ -1,19 +1,18 @@
-"""The same pieces on Flower's deployment engine: `server`, `client`, `client1`, `client2`, and two launchers.
+"""The same pieces on Flower's deployment engine: `server`, `client`, `client1`, `client2`.
 
-Flower starts a new process for every message, so importing this module must stay cheap: the model
-libraries are imported by the work itself, or live in the node's resident worker (see deployment/resident.py).
+`flower-client-app` starts a node that answers without this module (see deployment/node.py). A plain `flower-supernode`
+starts a new process for every message, so importing it must stay cheap.
 """
 
+import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from deployment import resident
-from exchange.faults import replied
 from machine import gpus
 from runs import runfolder
 from settings.overrides import to_type
@@ -40,6 +39,7 @@ def serve(grid: Grid, context: Context) -> None:
         if config.baseline:
             raise SettingsError(f"baseline={config.baseline}: compares in a simulation only; use python main.py")
         folder = run_folder(Path.cwd() / "outputs", config.resume)
+        print(f"folder: {folder}", flush=True)  # whoever submitted the run looks for it, see deployment/submission.py
         log_to_file(folder / "main.log")
         from dataset import read_template
         from model import read_tokenizer
@@ -72,7 +72,7 @@ def run_folder(below: Path, resume: str | None) -> Path:
 
 
 def make_client(partition_id: int | None = None) -> ClientApp:
-    """A ClientApp that hands every message to this node's worker.
+    """A ClientApp for a plain `flower-supernode`.
 
     Args:
         partition_id: the partition to use; by default the one in the node's config.
@@ -84,18 +84,26 @@ def make_client(partition_id: int | None = None) -> ClientApp:
 
     app.query()(handler("describe"))
     app.query("initial_adapter")(handler("initial"))
+    app.query("final")(handler("final"))
     app.train()(handler("train"))
     app.evaluate()(handler("evaluate"))
     return app
 
 
 def answer(name: str, message: Message, context: Context, partition_id: int | None = None) -> Message:
-    """Do what `message` asks for, in the resident worker if the node has one, else in this process."""
-    node = dict(context.node_config)
+    """Do what `message` asks for, in this process."""
+    from deployment.work import answered, sees_its_gpus
+
+    node = dict(context.node_config) | {"run-id": context.run_id}
     if partition_id is not None:
         node["partition-id"] = partition_id
     overrides = str(context.run_config.get(OVERRIDES, ""))
-    return replied(message, lambda: resident.call(name, overrides, node, message.content))
+    sees_its_gpus(overrides, node)  # as in every new process
+    found = answered(name, overrides, node, message.content)
+    if found.code:
+        logging.getLogger(__name__).error("%s", found.whole)
+        return Message(Error(found.code, found.told), reply_to=message)
+    return Message(found.content, reply_to=message)
 
 
 client = make_client()

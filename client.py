@@ -23,9 +23,11 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from peft import LoraConfig
 
 import model as adapters
 from dataset import (
+    NO_ANSWER,
     Partition,
     Rows,
     fresh_rows,
@@ -49,7 +51,7 @@ from learning.memory import advice, peak, settled, start_peak
 from learning.training import Task, by_length, make_trainer, padded_tokens, train_on
 from machine.faults import is_out_of_memory, is_unusable
 from model import Adapter, first_sentence
-from settings.schema import RunConfig, SettingsError, WorkerError
+from settings.schema import RunConfig, SettingsError, WorkerError, public
 from utils import log_to_file, seed_of
 
 FETCHED_S = 2.0  # how long a client's introduction waits for the base model to be on its machine
@@ -69,6 +71,7 @@ class Worker:
         self.held: dict[int, HeldOut] = {}
         self.counts = {"model_loads": 0, "tokenizations": 0}  # since they were last reported
         self.broken: SettingsError | None = None  # why the base model does not load: it is tried once
+        self.final: Adapter | None = None  # what the run ended with
         torch.set_num_threads(min(config.client_resources.num_cpus, os.cpu_count() or 1))
 
     @functools.cached_property
@@ -108,6 +111,11 @@ class Worker:
         if partition_id == GLOBAL_SET:
             return self.eval_rows
         return self.rows if self.own_rows else partition_of(self.rows, self.partitioner, partition_id)
+
+    @functools.cached_property
+    def plan(self) -> tuple[LoraConfig, dict[str, tuple[int, ...]]]:
+        """The adapter that these settings make in this base model, known without its weights."""
+        return adapters.adapter_plan(self.config.model, adapters.read_config(self.config.model))
 
     @functools.cached_property
     def trainer(self) -> Any:
@@ -166,10 +174,11 @@ class Worker:
         partition = self.partitions[partition_id]
         if not len(partition):
             whose = "dataset.eval_name" if partition_id == GLOBAL_SET else f"client {partition_id}"
-            raise ValueError(
-                f"{whose}: none of its {partition.counts['rows']} rows has a response that can be trained "
-                f"({'; '.join(partition.reasons)}); look at the data, or at dataset.partitioner"
-            )
+            what = f"{whose}: none of its {partition.counts['rows']} rows has a response that can be trained"
+            do = "look at the data, or at dataset.partitioner"
+            without, refused = partition.counts["without_response"], partition.counts.get("refused", 0)
+            told = f"{what} ({without} {NO_ANSWER}; {refused} refused by the template); {do}"
+            raise public(ValueError(f"{what} ({'; '.join(partition.reasons)}); {do}"), told)
         return partition
 
     def split(self, partition_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -296,7 +305,8 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
             raise
         with suppress(RuntimeError):  # the card may be too full for a context
             torch.cuda.empty_cache()
-        raise RuntimeError(f"out of GPU memory ({first_sentence(error)}); it helps: {advice(site.config)}") from None
+        reason = f"out of GPU memory ({first_sentence(error)}); it helps: {advice(site.config)}"
+        raise public(RuntimeError(reason)) from None
     if "metrics" in reply.metric_records:
         reply.metric_records["metrics"]["total_s"] = time.perf_counter() - start
     return reply
@@ -380,8 +390,10 @@ def received_adapter(worker: Worker, content: RecordDict) -> Adapter:
     if worker.config.transfer == "fp32":
         return arrays
     if content["config"]["initial-sha256"] != transfer.digest(worker.initial):
-        raise ValueError(
-            f"transfer={worker.config.transfer}: this client makes another initial adapter than the server (another "
-            "version of peft or numpy, or another base model?); use transfer=fp32"
+        raise public(
+            ValueError(
+                f"transfer={worker.config.transfer}: this client makes another initial adapter than the server "
+                "(another version of peft or numpy, or another base model?); use transfer=fp32"
+            )
         )
     return transfer.decode(arrays, worker.initial, worker.config.transfer)

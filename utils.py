@@ -173,6 +173,11 @@ def shortened(text: object, width: int) -> str:
     return whole if whole.strip(". ") or not words else words[: width - 4] + " ..."
 
 
+def printable(text: str) -> str:
+    """`text` of somebody else, safe to print: no escape sequences, nothing that turns the writing's direction."""
+    return "".join(mark if mark.isprintable() or mark in "\n\t" else "\ufffd" for mark in text)
+
+
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one line to a JSONL file, on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:

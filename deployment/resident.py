@@ -1,219 +1,134 @@
-"""A node's resident worker: one process beside a SuperNode that keeps base model, rows and trainer.
+"""A node's resident worker: one process beside the node's own that keeps base model, rows and trainer between messages.
 
-The processes that Flower starts for each message hand their work over through a Unix socket in a folder
-that only this user can enter; both sides prove that they know a key. Without a worker (a plain
-`flower-supernode`) the work is done in the message's own process, only slower.
+The two share one pair of sockets that no other process has. The worker ends with the node, however that ends.
 """
 
-import os
-import re
-import shlex
-import shutil
+import ctypes
 import signal
+import socket
+import subprocess
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Iterator, Mapping
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from flwr.app import RecordDict
+from exchange.faults import WORKER_DIED
 
-from machine import gpus
-from settings.schema import RunError, SettingsError, WorkerError
-
-SOCKET_VARIABLE, KEY_VARIABLE = "FLOWERTUNE_WORKER", "FLOWERTUNE_WORKER_KEY"
-PARTITIONERS = re.compile(r"flwr_datasets\.partitioner\.[A-Z]\w*")
-# KEY=VALUE of this suite: no hydra.* and no ${...}, which could read this machine's files and environment
-SAFE_OVERRIDE = re.compile(r"\+{0,2}(?!hydra)[a-z][\w./]*=[^$/~][^$]*")
-CONNECT_S = 60.0
+SUITE_FOLDER = Path(__file__).resolve().parents[1]
+LOOK_S = 10.0  # between two looks at whether a message is still wanted
+EARLY_S, MOST_EARLY_DEATHS = 15.0, 3
+END_S = 5.0
+PR_SET_PDEATHSIG = 1
 
 
-class OtherGpusError(Exception):
-    """A run needs other GPUs than this process sees: only a new process can."""
+@dataclass(frozen=True)
+class Answer:
+    """What a handler of client.py made of a message: its content, or an error."""
+
+    content: Any = None
+    code: int = 0
+    told: str = ""
+    """Of an error: what may leave this node."""
+    whole: str = ""
+    """Of an error: everything, for this node's own terminal and log."""
 
 
-def call(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> Any:
-    """The RecordDict with which the handler `name` of client.py answers `content` on this node.
-
-    Raises:
-        SettingsError, RunError: as the handler raised it, with one line.
-        RuntimeError: with the worker's traceback, if the handler failed otherwise.
-        ConnectionError, EOFError: if the worker is gone; its launcher starts another.
-    """
-    if SOCKET_VARIABLE not in os.environ:
-        return work(name, overrides, node, content)
-    while (reply := ask(name, overrides, node, content)) is None:
-        pass
-    succeeded, result = reply
-    if not succeeded:
-        raise result if isinstance(result, SettingsError | RunError) else RuntimeError(result)
-    return result
+class GivenUp(Exception):
+    """A message that was not answered, because it took too long or nobody waits for it any more."""
 
 
-def ask(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> tuple[bool, Any] | None:
-    """What the worker answers; None if it starts anew first, and has to be asked again."""
-    with connect() as connection:
-        connection.send((name, overrides, dict(node), content))
-        reply: tuple[bool, Any] | None = connection.recv()
-    return reply
+class Died(Exception):
+    """The worker ended in the middle of a message."""
 
 
-def connect() -> Connection:
-    """A connection to the worker, which may be starting just now."""
-    deadline = time.monotonic() + CONNECT_S
-    while True:
+class ResidentWorker:
+    """The worker as its node sees it. Use as a context manager."""
+
+    command = (sys.executable, "-m", "deployment.work")
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = environment
+        self.early_deaths = 0
+
+    def __enter__(self) -> "ResidentWorker":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
         try:
-            return Client(os.environ[SOCKET_VARIABLE], "AF_UNIX", bytes.fromhex(os.environ[KEY_VARIABLE]))
-        except (FileNotFoundError, ConnectionRefusedError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
+            self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
-
-def work(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> Any:
-    """Run a handler in this process. Raises OtherGpusError if it sees other GPUs than the run needs."""
-    config, own_rows = node_settings(overrides, node)
-    see_gpu(config.client_resources.num_gpus)
-    from utils import quiet_libraries
-
-    quiet_libraries()
-    import client
-
-    site = client.Site(config, own_rows, is_resident=SOCKET_VARIABLE in os.environ)
-    return client.handle(name, site, content, int(node["partition-id"]))
-
-
-def see_gpu(num_gpus: float) -> None:
-    """Let this process see the first of the node's GPUs, or none if the run's clients train on the CPU."""
-    wanted = gpus.first() if num_gpus else []
-    has_looked = SOCKET_VARIABLE in os.environ and "torch" in sys.modules
-    if has_looked and os.environ.get(gpus.VARIABLE) != ",".join(wanted):
-        raise OtherGpusError
-    gpus.show(wanted)
-
-
-def node_settings(overrides: str, node: Mapping[str, Any]) -> tuple[Any, bool]:
-    """The run's settings as this node accepts them, and whether the rows are the node's own.
-
-    What is read on this machine is decided here: the server may name a Hub id or what the suite ships,
-    never a path, a class to import, or code to trust. The node's config names local files: `dataset`
-    (its own rows), `eval` (a held-out set), `model` (a folder of base weights) and `cache` (for the quantized model);
-    `category-column` names the one column whose values the server may learn.
-
-    Raises:
-        SettingsError: if the server asks for more.
-    """
-    from settings.compose import compose
-    from settings.resume import RESUME
-    from settings.schema import HUB_ID, SHIPPED_NAMES
-    from utils import shipped_path
-
-    given = [text for text in shlex.split(overrides) if not RESUME.match(text)]  # that is the server's business
-    for override in given:
-        if not SAFE_OVERRIDE.fullmatch(override) or ".." in override:
-            raise SettingsError(f"{override}: not a setting that a server may make on a node")
-    config = compose(given, "deployment")
-    named: list[tuple[Any, str, str]] = [
-        (config.dataset, "name", "dataset"),
-        (config.dataset, "eval_name", "eval"),
-        (config.model, "name", "model"),
-    ]
-    for part, field, key in named:
-        name = getattr(part, field)
-        if key in node:
-            setattr(part, field, str(node[key]))
-        elif name in SHIPPED_NAMES:
-            setattr(part, field, str(shipped_path(name)))
-        elif name is not None and (not HUB_ID.fullmatch(name) or Path(name).exists() or shipped_path(name)):
-            raise SettingsError(
-                f"{'model' if part is config.model else 'dataset'}.{field}={name}: a server can name a Hub id, "
-                f"OWNER/NAME, and no path on this node; set {key} in the node's config"
+    def start(self) -> None:
+        here, there = socket.socketpair()
+        with there:
+            self.process = subprocess.Popen(
+                [*self.command, str(there.fileno())],
+                env=self.environment,
+                cwd=SUITE_FOLDER,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[there.fileno()],
+                preexec_fn=end_with_parent,  # noqa: PLW1509
             )
-    config.model.cache_folder = str(node["cache"]) if "cache" in node else None
-    if "dataset" in node or "eval" in node:  # the server learns the column's values: it could name the answers
-        config.dataset.category_column = str(node.get("category-column", ""))
-        config.dataset.columns = {}  # the server does not choose what of a node's own rows is trained
-    template = config.dataset.template
-    if template != "tokenizer" and not shipped_path(f"conf/template/{template}.jinja"):
-        raise SettingsError(f"dataset.template={template}: on a node, use a template of the suite")
-    if any(os.sep in text for text in texts([config.train.training_arguments, config.model.lora])):
-        raise SettingsError("train.training_arguments or model.lora: a server cannot name a path on this node")
-    if not PARTITIONERS.fullmatch(config.dataset.partitioner["_target_"]):
-        raise SettingsError("dataset.partitioner._target_: on a node, use one of flwr_datasets.partitioner")
-    if config.model.trust_remote_code:
-        raise SettingsError("model.trust_remote_code=true: a node does not run a model repository's code")
-    return config, "dataset" in node
+        self.connection, self.started = Connection(here.detach()), time.monotonic()
+
+    def restart(self) -> None:
+        """Replace a worker that is of no use any more.
+
+        Raises:
+            Died: if it dies again and again as soon as it starts.
+        """
+        is_early = self.process.poll() is not None and time.monotonic() - self.started < EARLY_S
+        self.early_deaths = self.early_deaths + 1 if is_early else 0
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+        if self.early_deaths == MOST_EARLY_DEATHS:
+            raise Died("the worker dies as soon as it starts; its reason is above")
+        self.start()
+
+    def ask(self, request: tuple[Any, ...], most_s: float, unwanted: Callable[[], bool]) -> Answer:
+        """The worker's answer to a `request`, which are the arguments of `answered`.
+
+        A worker that cannot see the GPUs of the run is replaced by one that can, and one that says that it is of no
+        use any more by another.
+
+        Raises:
+            GivenUp: after `most_s` seconds, or as soon as it is `unwanted`; the worker is another one then.
+            Died: if the worker died; it is another one then.
+        """
+        deadline = time.monotonic() + most_s
+        while (answer := self.reply_to(request, most_s, deadline, unwanted)) is None:
+            self.restart()
+        if answer.code == WORKER_DIED:
+            self.restart()
+        return answer
+
+    def reply_to(
+        self, request: tuple[Any, ...], most_s: float, deadline: float, unwanted: Callable[[], bool]
+    ) -> Answer | None:
+        """What the worker replies; None if its libraries have seen other GPUs than the run needs. Raises as `ask`."""
+        try:
+            self.connection.send(request)
+            while not self.connection.poll(max(0.0, min(LOOK_S, deadline - time.monotonic()))):
+                late = time.monotonic() >= deadline
+                if late or unwanted():
+                    self.restart()
+                    raise GivenUp(f"given up after {most_s:g} s" if late else "nobody waits for it any more")
+            reply: Answer | None = self.connection.recv()
+        except (EOFError, OSError) as error:
+            self.restart()
+            raise Died("the worker died while it worked on this message; another one is started") from error
+        return reply
 
 
-def texts(value: Any) -> Iterator[str]:
-    """Every string inside `value`, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from texts(list(value.values()))
-    elif isinstance(value, list):
-        for part in value:
-            yield from texts(part)
-
-
-def serve(socket: str, key: bytes) -> None:
-    """Answer one connection after the other until standard input, held by the launcher, is closed.
-
-    For a run that needs other GPUs this process starts itself anew.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business
-    threading.Thread(target=leave_with_launcher, args=[Path(socket).parent], daemon=True).start()
-    with Listener(socket, "AF_UNIX", authkey=key) as listener:
-        fits = True
-        while fits:
-            try:
-                with listener.accept() as connection:
-                    fits = answer(connection)
-            except (OSError, EOFError, AuthenticationError) as error:
-                print(f"warning: a caller went away or did not know the key: {error!r}", file=sys.stderr, flush=True)
-    gpus.show_given()
-    os.execv(sys.executable, [sys.executable, "-m", "deployment.resident"])  # noqa: S606  with the environment it had
-
-
-def answer(connection: Connection) -> bool:
-    """Answer one caller; returns whether this process can go on with what it sees of the node's GPUs."""
-    name, overrides, node, content = connection.recv()
-    start = time.perf_counter()
-    reply: tuple[bool, Any]
-    try:
-        reply = True, work(name, overrides, node, content)
-        said = "".join(f", {key} {value:.6g}" for key, value in shown(reply[1]))
-    except OtherGpusError:
-        connection.send(None)
-        return False
-    except (SettingsError, RunError) as error:
-        reply, said = (False, error), f", failed: {error}"
-    except Exception:  # the caller reports it
-        reply = False, traceback.format_exc()
-        said = f", failed: {reply[1].strip().splitlines()[-1]}"
-    print(f"{name}, partition {node['partition-id']}: {time.perf_counter() - start:.1f} s{said}", flush=True)
-    connection.send(reply)
-    if isinstance(reply[1], WorkerError):
-        os._exit(1)  # the launcher starts another
-    return True
-
-
-def shown(reply: RecordDict) -> Iterator[tuple[str, Any]]:
-    """What a node's terminal shows of a reply."""
-    if "metrics" in reply.metric_records:
-        report = reply.metric_records["metrics"]
-        yield from ((name, report[name]) for name in ("rows", "train_loss", "eval_loss") if name in report)
-
-
-def leave_with_launcher(folder: Path) -> None:
-    sys.stdin.buffer.read()
-    shutil.rmtree(folder, ignore_errors=True)  # in case that the launcher was killed
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    serve(os.environ[SOCKET_VARIABLE], bytes.fromhex(os.environ[KEY_VARIABLE]))
+def end_with_parent() -> None:
+    """Have Linux send SIGTERM to this process when the node's own is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

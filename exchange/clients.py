@@ -1,27 +1,40 @@
 """The clients as the server knows them: who is there, who each of them is, and messages to them and back."""
 
+import hashlib
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from exchange.faults import SETTINGS_ERROR
+from exchange.folding import folded, unfolded
 from exchange.guard import MOST
+from exchange.pulling import pull
 from settings.schema import RunError, SettingsError
+from utils import printable
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5  # of a SuperLink; each poll is a request that takes some of its processor
 SIMULATED_POLL_S = 0.01
-SIMULATED_ASKED = 64  # clients of a simulation that are asked who they are: when they have answered, workers are ready
-SIMULATED_TTL_S = 1e9  # in a simulation messages never expire by the time of day, which somebody may set
-NODE_UNAVAILABLE = ErrorCode.NODE_UNAVAILABLE
+SIMULATED_ASKED = 64  # clients of a simulation that are asked who they are: until then the workers are ready
+SIMULATED_TTL_S = 1e9  # in a simulation a message never ends by the time of day, which may be set
+INTRODUCTION_S = 120.0  # a client that does not say within these who it is is set aside
+ASIDE_S = 300.0  # until a client that was set aside is asked again
+RIVAL_S = 60.0  # until one is whose place is taken: a node that was killed counts as there for about as long
+MOST_NAME, MOST_REASON = 60, 20_000  # characters
+UNANSWERED = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+FINGERPRINTS = ("rows-fingerprint", "eval-fingerprint")
+EACH_ITS_OWN = "each needs its own --partition-id, which belongs to the key that took it first"
+PUT_BACK = "put them back, or start another run"
 
 
 class Progress(Protocol):
@@ -33,20 +46,61 @@ class Progress(Protocol):
     def warn(self, message: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class Site:
+    """What a client said of itself, as far as it lasts for a run and its resumes."""
+
+    name: str = ""
+    key: str = ""
+    """SHA-256 of its public key, if it has one that lasts: its partition is then its own for the whole run."""
+    has_own_eval: bool = False
+    """Whether `dataset.eval_name` stands for rows of its own there."""
+    rows: str = ""
+    eval_rows: str = ""
+    """Fingerprints that only the client can make, so that it is known whether they are still the same."""
+    ends_with: bool | None = None
+    """Whether it wants the run's adapter at its end; None for a client that is told nothing of the end."""
+
+
+@dataclass
+class Question:
+    """Who a node is, as it was asked."""
+
+    node: int
+    asked: float
+    is_waited_for: bool = True
+
+
 class Clients:
     """Clients by partition id, because Flower's node ids are random in every run and new after every restart.
 
-    In a deployment every client is asked who it is. In a simulation that is known, and only the first are asked.
+    Sites are asked who they are. In a simulation that is known, and only the first are asked.
+
+    Args:
+        known: the sites of a run that is resumed.
+        most_bytes: of arrays in a reply; a larger one is not read.
     """
 
-    def __init__(self, grid: Grid, timeout_s: float, progress: Progress) -> None:
-        self.grid, self.timeout_s, self.progress = grid, timeout_s, progress
+    def __init__(
+        self,
+        grid: Grid,
+        timeout_s: float,
+        progress: Progress,
+        known: Mapping[int, Site] | None = None,
+        most_bytes: float = float("inf"),
+    ) -> None:
+        self.grid, self.timeout_s, self.progress, self.most_bytes = grid, timeout_s, progress, most_bytes
         self.poll_s, self.ttl_s = POLL_S, timeout_s
         self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
         if isinstance(grid, InMemoryGrid):  # of a simulation: its nodes are made in the order of their partitions
             self.poll_s, self.ttl_s = SIMULATED_POLL_S, SIMULATED_TTL_S
             made = list(cast(Any, grid.state).nodes)
             self.nodes = {partition: node for partition, node in enumerate(made) if partition >= SIMULATED_ASKED}
+        self.sites: dict[int, Site] = dict(known or {})  # by partition: who has it, here or not
+        self.keys: dict[int, tuple[str, str]] = {}  # by node: SHA-256 of its public key, and its registered name
+        self.started: dict[int, str] = {}  # by node: when it was started
+        self.questions: dict[str, Question] = {}  # by message: who has not said yet who it is
+        self.aside: dict[int, float] = {}  # by node: when it is asked again
         self.loading: dict[int, str] = {}  # by node: what it is still downloading
         self.num_rows: dict[int, int] = defaultdict(lambda: int(MOST))  # what they said, if they were asked
         self.own_data = False  # whether a client has rows that no other machine has
@@ -64,45 +118,88 @@ class Clients:
         taken, self.traffic = self.traffic, dict.fromkeys(self.traffic, 0)
         return taken
 
+    def label(self, partition: int) -> str:
+        """How a client is called in every message about it: of a site with its name, if it has one, and its node id."""
+        site, node = self.sites.get(partition), self.nodes.get(partition)
+        if site is None:
+            return f"client {partition}"
+        return f"client {partition} ({', '.join([*filter(None, [site.name]), f'node {node}' if node else 'away'])})"
+
+    def label_of_node(self, node: int, name: str = "") -> str:
+        known = self.keys.get(node, ("", ""))[1] or name
+        return f"node {node} ({known})" if known else f"node {node}"
+
+    # --- who is there ---
+
     def wait_for(self, at_least: int, timeout_s: float = float("inf")) -> None:
         """Wait for `at_least` clients, ask those that are new who they are, and forget those that are gone.
 
-        A node that comes with the partition of another takes its place: nodes get new ids when they restart.
+        A client that was just asked has INTRODUCTION_S seconds; after that nobody waits for it.
 
         Raises:
             SettingsError: if a client cannot work with these settings, before the first round.
             RunError: if a client cannot say who it is, or two say the same, before the first round; if there are
                 too few after `timeout_s` seconds.
         """
-        said, deadline = 0, time.monotonic() + timeout_s
+        said, deadline, loading = 0, time.monotonic() + timeout_s, dict[int, str]()
         while True:
-            online = set(self.grid.get_node_ids())
-            self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
-            new = sorted(online - set(self.nodes.values()) - self.unusable)
-            replies = self.exchange([Message(RecordDict(), n, MessageType.QUERY, ttl=self.ttl_s) for n in new])
-            before, self.loading = self.loading, {}
-            for node, reply in replies.items():
-                self.meet(node, reply)
-            if self.loading and self.loading != before:
-                what = ", ".join(sorted(set(self.loading.values())))
-                self.progress.say(f"{len(self.loading)} of {at_least} clients are downloading {what}")
-            if len(self.nodes) >= at_least:
+            self.look()
+            if self.loading and self.loading != loading:
+                loading, what = dict(self.loading), ", ".join(sorted(set(self.loading.values())))
+                self.progress.say(f"{len(loading)} of {at_least} clients are downloading {what}")
+            waiting = [question for question in self.questions.values() if question.is_waited_for]
+            if len(self.nodes) >= at_least and not waiting:
                 return
-            if len(replies) < len(new):
-                raise RunError(f"{len(self.nodes)} of {at_least} clients answered in {self.timeout_s:g}s")
             if time.monotonic() > deadline:
                 raise RunError(f"{len(self.nodes)} of {at_least} clients (strategy.min_replies) came in {timeout_s:g}s")
             if said < (said := len(self.nodes)):
                 self.progress.say(f"{said} of {at_least} clients are here")
             time.sleep(self.poll_s)
 
+    def look(self) -> None:
+        """Forget clients that are gone, ask nodes that are new who they are, and take down what was answered."""
+        online, now = self.online(), time.monotonic()
+        self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
+        self.questions = {n: q for n, q in self.questions.items() if q.node in online and now - q.asked < ASIDE_S}
+        self.loading = {node: what for node, what in self.loading.items() if node in online}
+        busy = {question.node for question in self.questions.values()} | self.unusable | set(self.nodes.values())
+        for node in sorted(online - busy):
+            if now >= self.aside.get(node, 0.0):
+                ttl_s = self.ttl_s if self.ttl_s == SIMULATED_TTL_S else ASIDE_S
+                for name in self.grid.push_messages([Message(RecordDict(), node, MessageType.QUERY, ttl=ttl_s)]):
+                    self.questions[name] = Question(node, now, node not in self.loading)
+        for reply in pull(self.grid, list(self.questions), self.most_bytes) if self.questions else []:
+            question = self.questions.pop(reply.metadata.reply_to_message_id)
+            self.meet(question.node, cleaned(reply))
+        for question in self.questions.values():
+            if question.is_waited_for and now - question.asked > INTRODUCTION_S:
+                question.is_waited_for = False
+                self.progress.warn(
+                    f"{self.label_of_node(question.node)} does not say who it is for {INTRODUCTION_S:g}s; nobody waits "
+                    "for it any more"
+                )
+
+    def online(self) -> set[int]:
+        """The nodes that are there. Of a SuperLink's, the keys are taken down that they are known by."""
+        if isinstance(self.grid, InMemoryGrid) or not hasattr(self.grid, "get_nodes"):
+            return set(self.grid.get_node_ids())
+        nodes = list(self.grid.get_nodes())
+        self.keys = {
+            node.node_id: (hashlib.sha256(node.public_key).hexdigest(), one_line(node.name, MOST_NAME))
+            for node in nodes
+        }
+        started = {node.node_id: str(node.last_activated_at) for node in nodes}
+        again = {node for node in started if self.started.get(node, started[node]) != started[node]}
+        self.started |= started
+        self.nodes = {partition: node for partition, node in self.nodes.items() if node not in again}
+        self.unusable -= again  # a node that was started again, under its old id, is asked again
+        return set(self.keys)
+
     def meet(self, node: int, reply: Message) -> None:
         """Take down who the client on `node` is."""
+        self.loading.pop(node, None)
         if reply.has_error():
-            if reply.error.code == SETTINGS_ERROR and self.strict:
-                raise SettingsError(reply.error.reason)
-            if reply.error.code != NODE_UNAVAILABLE:  # else it left without a word, or will be asked again
-                self.refuse(node, f"a client cannot take part: {reply.error.reason}")
+            self.meet_error(node, reply)
             return
         try:
             facts: Any = reply.content["client"]
@@ -110,19 +207,69 @@ class Clients:
             if partition < 0 or not 0 <= rows <= MOST:
                 raise ValueError(f"partition {partition} with {rows} rows")
         except (KeyError, TypeError, ValueError) as error:
-            self.refuse(node, f"a client cannot say who it is: {error!r}")
+            self.refuse(node, f"{self.label_of_node(node)} cannot say who it is: {one_line(repr(error), 200)}")
             return
         if loading := facts.get("loading"):  # it is asked again
-            self.loading[node] = str(loading)
+            self.loading[node] = one_line(loading, 200)
             return
-        if partition in self.nodes:
-            self.refuse(
-                self.nodes[partition], f"two clients have partition {partition}; each needs its own partition-id"
-            )
+        site = self.site_of(node, facts)
+        if not self.may_be(node, partition, site):
+            return
         self.nodes[partition] = node
         self.num_rows[partition] = rows
         self.own_data |= bool(facts.get("own-data", False))
-        log.info("client %s: %s rows, %s", partition, rows, device)
+        if site:
+            self.sites[partition] = site
+        log.info("%s: %s rows, %s", self.label(partition), rows, one_line(device, 200))
+
+    def meet_error(self, node: int, reply: Message) -> None:
+        code, reason = reply.error.code, str(reply.error.reason)
+        if code in UNANSWERED:  # it left without a word, or will be asked again
+            return
+        if code == SETTINGS_ERROR and self.strict:
+            raise SettingsError(f"{self.label_of_node(node)} refuses: {reason}" if self.keys else reason)
+        who = self.label_of_node(node) if self.keys else "a client"
+        self.refuse(node, f"{who} cannot take part: {reason}")
+
+    def site_of(self, node: int, facts: ConfigRecord) -> Site | None:
+        """What a site says of itself; None of a client of a simulation."""
+        if "wants-adapter" not in facts:
+            return None
+        key, name = self.keys.get(node, ("", ""))
+        said = {field: one_line(facts.get(field, ""), 100) for field in ("name", *FINGERPRINTS)}
+        return Site(
+            name=name or said["name"][:MOST_NAME],
+            key=key if facts.get("lasting") is True else "",
+            has_own_eval=facts.get("own-eval") is True,
+            rows=said["rows-fingerprint"],
+            eval_rows=said["eval-fingerprint"],
+            ends_with=facts["wants-adapter"] is True,
+        )
+
+    def may_be(self, node: int, partition: int, site: Site | None) -> bool:
+        """Whether `node` may be client `partition`: nobody else is, and its rows are those that it began with."""
+        owner, new = self.sites.get(partition), site or Site()
+        me = self.label_of_node(node, new.name)
+        if owner and owner.key and owner.key != new.key:
+            self.refuse(node, f"{me} says that it is {self.label(partition)}; {EACH_ITS_OWN}")
+            return False
+        if partition in self.nodes:
+            if self.strict:
+                raise RunError(f"two clients have partition {partition}, the other is {me}; {EACH_ITS_OWN}")
+            self.aside[node] = time.monotonic() + RIVAL_S
+            self.progress.warn(f"{me} says that it is {self.label(partition)}, which is here; {EACH_ITS_OWN}")
+            return False
+        before = owner or Site()
+        for then, now, rows in (
+            (before.rows, new.rows, "its own rows"),
+            (before.eval_rows, new.eval_rows, "its rows of --eval"),
+        ):
+            if then and then != now:
+                self.refuse(
+                    node, f"{self.label(partition)}: {rows} are not those with which this run began; {PUT_BACK}"
+                )
+                return False
+        return True
 
     def refuse(self, node: int, reason: str) -> None:
         """Leave `node` out from here on; before the first round that ends the run."""
@@ -132,25 +279,48 @@ class Clients:
         log.error("%s", reason)
         self.progress.warn(last_line(reason))
 
-    def exchange(self, messages: Iterable[Message]) -> dict[int, Message]:
+    # --- messages ---
+
+    def exchange(self, messages: Iterable[Message], timeout_s: float | None = None) -> dict[int, Message]:
         """Send `messages`; the replies that came in time, by node id.
 
         A reply is known by the message that it answers: when a node is lost, the engine answers for it.
         """
         sent: dict[str, int] = {}
+        sites, folds = {node for partition, node in self.nodes.items() if partition in self.sites}, dict[Any, Any]()
         for message in messages:
             self.traffic["bytes_down"] += array_bytes(message)
+            if message.metadata.dst_node_id in sites:
+                message.content = folded(message.content, folds)
             sent |= dict.fromkeys(self.grid.push_messages([message]), message.metadata.dst_node_id)
-        deadline = time.monotonic() + self.timeout_s
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         replies: dict[int, Message] = {}
         while len(replies) < len(sent) and time.monotonic() < deadline:
             waiting = [name for name, node in sent.items() if node not in replies]
-            for reply in self.grid.pull_messages(waiting):
-                replies[sent[reply.metadata.reply_to_message_id]] = reply
+            for reply in pull(self.grid, waiting, self.most_bytes):
+                replies[sent[reply.metadata.reply_to_message_id]] = cleaned(reply)
                 self.traffic["bytes_up"] += array_bytes(reply)
             if len(replies) < len(sent):
                 time.sleep(self.poll_s)
         return replies
+
+    def with_own_eval(self) -> list[int]:
+        """Clients that have rows of their own for `dataset.eval_name`, in a fixed order: these rows may differ."""
+        return sorted(partition for partition in self.nodes if self.sites.get(partition, Site()).has_own_eval)
+
+
+def cleaned(reply: Message) -> Message:
+    """`reply` with its arrays unfolded; what it says of an error cannot steer a terminal, and has an end."""
+    if reply.has_error():
+        reply.error.__dict__["_reason"] = printable(str(reply.error.reason))[:MOST_REASON]
+        return reply
+    with suppress(Exception):  # what cannot be unfolded stays as it is, and is found wanting
+        reply.content = unfolded(reply.content)
+    return reply
+
+
+def one_line(text: object, width: int) -> str:
+    return " ".join(printable(str(text)).split())[:width]
 
 
 def last_line(text: str) -> str:

@@ -9,6 +9,7 @@ from flwr.app import Message, MetricRecord
 
 from exchange.scores import FIELDS, LONGEST_NAME, MOST_CATEGORIES, Scores
 from model import Adapter
+from utils import printable
 
 PARTS = ("load_s", "data_s", "train_s")
 TOTALS = ("rows", "tokens", "padded_tokens", "without_response", "refused", "cut", "model_loads", "tokenizations")
@@ -104,6 +105,7 @@ def scores_of(replies: Sequence[Message]) -> Scores:
     total: Scores = {}
     for reply in replies:
         for name, sums in reply.content.metric_records["scores"].items():
+            name = printable(name)
             total[name] = total.get(name, 0.0) + np.array(sums, float)
     return total
 

@@ -8,7 +8,7 @@ from (seed, round) by partition id, because Flower's node ids are random in ever
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +41,8 @@ from model import Adapter
 from runs import checkpoint
 from runs.checkpoint import State
 from runs.record import Record
+from server import sites
+from server.handover import hand_over
 from server.limits import Budget, BudgetSpent, no_better
 from server.sampling import choose, num_training
 from server.strategies import ShownNodes, aggregate, make_strategy
@@ -88,7 +90,8 @@ class Federation:
         self.record.start(initial)
         self.codec = Codec(config.transfer, initial)
         self.budget = Budget(config, transfer.payload_bytes(self.shapes, config.transfer))
-        once_bytes = adapters.starts_from_base(self.shapes) * transfer.payload_bytes(self.shapes, "fp32")
+        self.whole_bytes = transfer.payload_bytes(self.shapes, "fp32")
+        once_bytes = adapters.starts_from_base(self.shapes) * self.whole_bytes
         check_budget(config, self.budget.payload_bytes, once_bytes)
         self.clients: Clients  # from the start of `run` on
         self.global_tokens: float | None = None  # of dataset.eval_name, by the first who counted them
@@ -111,8 +114,9 @@ class Federation:
         started, record = time.perf_counter(), self.record
         self.progress.say("waiting for the clients")
         try:
-            self.clients = Clients(grid, self.config.sampling.round_timeout_s, self.progress)
-            self.clients.wait_for(self.config.num_clients)
+            timeout_s, known = self.config.sampling.round_timeout_s, sites.noted(record.folder)
+            self.clients = Clients(grid, timeout_s, self.progress, known, self.whole_bytes)
+            self.wait_for(self.config.num_clients)
             self.clients.strict = False
             self.complete_adapter()
             waited_s = time.perf_counter() - started
@@ -123,10 +127,17 @@ class Federation:
                     raise RunError(str(spent)) from spent
                 ended = str(spent)
                 record.charge(self.clients.take_traffic())
-            return record.finish({"ended": ended, **self.facts}, waited_s)
+            summary = record.finish({"ended": ended, **self.facts}, waited_s)
+            hand_over(self.clients, record, summary, self.config.sampling.final_wait_s)
+            return summary
         except BaseException:
             record.keep_last_round()
             raise
+
+    def wait_for(self, at_least: int, timeout_s: float = float("inf")) -> None:
+        """As `Clients.wait_for`; who has which partition is noted, for a resume."""
+        self.clients.wait_for(at_least, timeout_s)
+        sites.note(self.record.folder, self.clients.sites)
 
     def complete_adapter(self) -> None:
         """Fetch from one client the tensors whose first values depend on the base weights (DoRA's magnitudes)."""
@@ -170,7 +181,8 @@ class Federation:
         aggregating = time.perf_counter()
         adapter = aggregate(self.strategy, round_number, trained.replies, self.shapes)
         aggregated = time.perf_counter()
-        self.warn_of_rows_without_response(trained)
+        for partition, what in rows_left_out(trained, state.rows_seen):
+            self.progress.warn(f"{self.clients.label(partition)}: {what}")
         rows_seen = positions_after(state.rows_seen, trained.good)
         line: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
         line |= account(trained.replies, rows_seen)
@@ -197,7 +209,7 @@ class Federation:
         """
         sampling, key, trained = self.config.sampling, ("train", self.config.seed, round_number), Trained()
         for trial in range(sampling.round_retries + 1):
-            self.clients.wait_for(sampling.min_replies, sampling.round_timeout_s)
+            self.wait_for(sampling.min_replies, sampling.round_timeout_s)
             here = self.clients.nodes
             count = num_training(self.config, len(here))
             chosen = choose(here, count, *key, trial=trial, good=trained.good, dropped=trained.dropped)
@@ -214,7 +226,7 @@ class Federation:
                     f"round {round_number}: {len(trained.good)} good replies, {sampling.min_replies} are needed: other "
                     "clients are asked"
                 )
-        raise RunError(too_few(round_number, trained, sampling.min_replies))
+        raise RunError(too_few(round_number, trained, sampling.min_replies, self.clients.label))
 
     def messages(
         self, purpose: str, round_number: int, chosen: Sequence[int], adapter: Adapter, **settings: Any
@@ -269,17 +281,9 @@ class Federation:
 
     def blame(self, round_number: int, partition: int, what: str, fault: str) -> None:
         """Name a client's fault: whole in the log, its last line to the user."""
-        log.error("round %s: client %s %s: %s", round_number, partition, what, fault)
-        self.progress.warn(f"round {round_number}: client {partition} {what}: {last_line(fault)}")
-
-    def warn_of_rows_without_response(self, trained: Trained) -> None:
-        """Say it of each client once: when it trains for the first time."""
-        whys = {"without_response": "rows without a response", "refused": "rows that the chat template refuses"}
-        for partition, reply in trained.replies:
-            for key, what in whys.items():
-                left_out = metrics_of(reply)[key]
-                if left_out and partition not in self.record.state.rows_seen:
-                    self.progress.warn(f"client {partition}: {left_out} {what} are left out")
+        who = self.clients.label(partition)
+        log.error("round %s: %s %s: %s", round_number, who, what, fault)
+        self.progress.warn(f"round {round_number}: {who} {what}: {last_line(fault)}")
 
     def bytes_left(self) -> float:
         """Bytes of `strategy.max_bytes` that are left."""
@@ -300,12 +304,15 @@ class Federation:
         return {name: values for name, values in found.items() if "loss" in values}
 
     def global_scores(self, round_number: int, adapter: Adapter) -> Scores:
-        """The scores on `dataset.eval_name`, from any client that can measure them."""
+        """The scores on `dataset.eval_name`: of a client with rows of its own for it, or of any if none has such."""
         config, scores, asked = self.config, Scores(), set[int]()
-        count = config.evaluators_after(round_number)
+        count, own = config.evaluators_after(round_number), self.clients.with_own_eval()
         for trial in range(config.sampling.round_retries + 1):
             key = ("global", config.seed, round_number)
-            chosen = choose(self.clients.nodes, count, *key, trial=trial, dropped=asked)
+            if own:
+                chosen = [partition for partition in own if partition not in asked][:count] or own[:count]
+            else:
+                chosen = choose(self.clients.nodes, count, *key, trial=trial, dropped=asked)
             scores, _ = self.scores(round_number, adapter, chosen, "global")
             asked |= set(chosen)
             if scores or count * self.budget.payload_bytes > self.bytes_left():
@@ -341,14 +348,24 @@ def without(values: Mapping[int, Any], left_out: Container[int]) -> dict[int, An
     return {partition: value for partition, value in values.items() if partition not in left_out}
 
 
-def too_few(round_number: int, trained: Trained, needed: int) -> str:
+def too_few(round_number: int, trained: Trained, needed: int, label: Callable[[int], str]) -> str:
     """Why a round ends the run: how many replies were good, and what the first client said whose was not."""
-    good, (partition, fault) = len(trained.good), next(iter(trained.dropped.items()), ("", "nothing"))
+    good, (partition, fault) = len(trained.good), next(iter(trained.dropped.items()), (-1, "nothing"))
     return (
         f"round {round_number}: {good or 'not one'} valid {'reply' if good < 2 else 'replies'} "
         f"from clients {sorted([*trained.good, *trained.dropped])}, strategy.min_replies={needed}; "
-        f"client {partition} says:\n{fault}"
+        f"{label(partition)} says:\n{fault}"
     )
+
+
+def rows_left_out(trained: Trained, rows_seen: Mapping[int, int]) -> Iterator[tuple[int, str]]:
+    """What clients leave out of their rows, of each once: when it trains for the first time."""
+    whys = {"without_response": "rows without a response", "refused": "rows that the chat template refuses"}
+    for partition, reply in trained.replies:
+        for key, what in whys.items():
+            count = metrics_of(reply)[key]
+            if count and partition not in rows_seen:
+                yield partition, f"{count} {what} are left out"
 
 
 def positions_after(rows_seen: Mapping[int, int], good: Mapping[int, Message]) -> dict[int, int]:

@@ -25,7 +25,7 @@ MAY_CHANGE = (  # settings that a resumed run may change: how it is done, up to 
     "resume", "resume_sweep", "dry_run", "tracker", "ray", "client_resources", "model.cache_folder",
     "train.micro_batch_size", "train.keep_checkpoints", "train.save_every_round", "train.early_stop_rounds",
     "train.training_arguments.gradient_checkpointing", "strategy.round_timeout_s", "strategy.min_replies",
-    "strategy.round_retries", "strategy.max_bytes",
+    "strategy.round_retries", "strategy.max_bytes", "strategy.final_wait_s",
 )  # fmt: skip
 FLOWERS = re.compile(r"(flwr\.serverapp\.strategy|flwr_datasets\.partitioner)\.[A-Z]\w*")
 ONLY_THESE = f"only these may change when it is resumed: {', '.join(MAY_CHANGE[3:])}"

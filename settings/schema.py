@@ -39,6 +39,12 @@ class WorkerError(RunError):
     """A worker's process is of no use any more, as after a fault of its GPU, and has to be replaced."""
 
 
+def public(error: Any, told: str | None = None) -> Any:
+    """`error`, marked: its text, or `told` in its place, may leave a node: no row, no path, nothing of this machine."""
+    error.told = str(error) if told is None else told
+    return error
+
+
 def not_a(*kinds: type) -> BeforeValidator:
     """Refuses what pydantic would take for a number, but nobody would write for one."""
 
@@ -197,6 +203,8 @@ class SamplingConfig:
     """An update whose norm is above this many times the round's median is dropped; null accepts all."""
     max_bytes: Number | None = required(ge=1)
     """Bytes of adapters, down and up: the run ends before the round that would exceed them; null never."""
+    final_wait_s: Number = required(ge=0)
+    """Seconds for which sites that are away at the end are waited for, to hand them the adapter."""
 
 
 @dataclass(kw_only=True, config=STRICT)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,8 @@ import client
 import model as adapters
 from benchmarks import gpu
 from client import Site, Worker, fine_tune
-from deployment import launchers, resident
+from deployment import resident
+from exchange.folding import unfolded
 from learning.evaluation import score
 from learning.memory import memory_bytes, sizes
 from learning.training import Task
@@ -294,25 +296,25 @@ def test_worker_that_met_an_assert_on_its_gpu_is_replaced(tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def node_worker(monkeypatch):
-    """A node's resident worker; this process is one that Flower starts for a message."""
-    with launchers.private_folder() as folder:
-        monkeypatch.setenv(resident.SOCKET_VARIABLE, str(Path(folder) / "worker"))
-        monkeypatch.setenv(resident.KEY_VARIABLE, "00" * 32)
-        process = launchers.start_worker(dict(os.environ))
-        yield process
-        launchers.end(process)
+def node_worker():
+    """A node's resident worker; this process is the node's own."""
+    with resident.ResidentWorker(os.environ) as worker:
+        yield worker
+
+
+def answer_of(worker: resident.ResidentWorker, name: str, overrides: str) -> resident.Answer:
+    return worker.ask((name, overrides, {"partition-id": 0, "resident": True}, RecordDict()), 300, lambda: False)
 
 
 def test_node_serves_runs_on_its_gpu_and_on_its_cpu_one_after_the_other(node_worker):
     for num_gpus, device in ((1, torch.cuda.get_device_name()), (0, "CPU x86_64"), (1, torch.cuda.get_device_name())):
         overrides = f"experiment=quickstart client_resources.num_gpus={num_gpus}"
-        reply = resident.call("describe", overrides, {"partition-id": 0}, RecordDict())
-        assert reply["client"]["device"] == device
-        made = resident.call("initial", f"{overrides} model.quantization=4", {"partition-id": 0}, RecordDict())
-        assert made["arrays"]
-        assert (node_worker.pid in holders()) == bool(num_gpus)
-    assert node_worker.poll() is None
+        described = answer_of(node_worker, "describe", overrides)
+        assert described.content["client"]["device"] == device, described.whole
+        made = answer_of(node_worker, "initial", f"{overrides} model.quantization=4")
+        assert unfolded(made.content)["arrays"], made.whole
+        assert (node_worker.process.pid in holders()) == bool(num_gpus)
+    assert node_worker.process.poll() is None
 
 
 def test_node_whose_gpu_is_full_says_what_helps(node_worker):
@@ -321,8 +323,7 @@ def test_node_whose_gpu_is_full_says_what_helps(node_worker):
     overrides = "experiment=quickstart client_resources.num_gpus=1"
     filler = torch.empty(left - 64_000_000, dtype=torch.uint8, device="cuda")  # no room for a context of 200 MB or more
     try:
-        with pytest.raises(RuntimeError, match="out of GPU memory .*it helps: "):
-            resident.call("initial", overrides, {"partition-id": 0}, RecordDict())
+        assert re.match(r"out of GPU memory .*it helps: ", answer_of(node_worker, "initial", overrides).told)
     finally:
         del filler
         torch.cuda.empty_cache()

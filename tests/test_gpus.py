@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 
 import model as adapters
 from client import Site
-from deployment import resident
+from deployment import resident, work
+from exchange.faults import SETTINGS_ERROR, WORKER_DIED
 from learning.memory import describe_memory, place, sizes
 from learning.training import training_arguments
 from machine import gpus
@@ -19,7 +20,7 @@ from machine.gpus import Card
 from server import engine, plan
 from server.backend import simulated_grid
 from settings.compose import compose
-from settings.schema import ClientResources, SettingsError, WorkerError
+from settings.schema import ClientResources, SettingsError
 from tests.conftest import small
 from tests.faults import breaks_once
 from tests.test_engine import ask
@@ -208,15 +209,62 @@ def test_driver_of_a_run_sees_no_gpu_and_its_cpu_workers_neither(tmp_path):
 # --- a node ---------------------------------------------------------------------------------------
 
 
+NODE = {"partition-id": 0}
+
+
+def run_with(num_gpus: float) -> str:
+    return f"experiment=quickstart client_resources.num_gpus={num_gpus}"
+
+
 def test_node_trains_on_its_first_gpu_or_on_none(monkeypatch):
     monkeypatch.setattr(gpus, "given", lambda: " GPU-b, GPU-a")
-    resident.see_gpu(1.0)
-    assert os.environ[gpus.VARIABLE] == "GPU-b"
-    resident.see_gpu(0.0)
-    assert os.environ[gpus.VARIABLE] == ""
-    monkeypatch.setenv(resident.SOCKET_VARIABLE, "a resident worker's, whose libraries have looked")
-    with pytest.raises(resident.OtherGpusError):
-        resident.see_gpu(0.5)
+    monkeypatch.setattr(work, "has_looked", lambda: False)
+    for num_gpus, seen in ((1.0, "GPU-b"), (0.0, ""), (0.5, "GPU-b")):
+        assert work.sees_its_gpus(run_with(num_gpus), NODE)
+        assert os.environ[gpus.VARIABLE] == seen
+    monkeypatch.undo()
+    monkeypatch.setattr(gpus, "given", lambda: " GPU-b, GPU-a")
+    assert work.has_looked()
+    assert work.sees_its_gpus(run_with(1.0), NODE)
+    assert not work.sees_its_gpus(run_with(0.0), NODE)
+    assert work.sees_its_gpus("num_rouns=1", NODE)  # what is not accepted needs none
+
+
+WATCHED = """
+import os, sys
+looked = []
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "bitsandbytes"): looked.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+sys.meta_path.insert(0, Watch())
+import deployment.node, deployment.link, deployment.launchers
+node_looked = list(looked)
+import json
+from deployment import resident, work
+from machine import gpus
+connection = resident.Connection(int(sys.argv[-1]))
+answers = work.answered
+def answered(name, overrides, node, content):
+    answer = answers(name, overrides, node, content)
+    return resident.Answer([os.getpid(), node_looked, looked, answer.code, answer.told])
+work.answered = answered
+work.serve(connection)
+"""
+
+
+def test_workers_libraries_are_imported_when_it_is_known_what_they_may_see_and_it_is_replaced_for_another(monkeypatch):
+    monkeypatch.setattr(resident.ResidentWorker, "command", (sys.executable, "-c", WATCHED))
+    with resident.ResidentWorker(os.environ | {gpus.VARIABLE: "7,3"}) as worker:
+        told = [
+            worker.ask(("describe", overrides, NODE, None), 300, lambda: False).content
+            for overrides in ("num_rouns=1", run_with(0), run_with(0), run_with(1))
+        ]
+    refused, first, second, other = told
+    assert refused[1:4] == [[], [], SETTINGS_ERROR]  # nor does the node's own code import them
+    assert first[0] == second[0] == refused[0] != other[0]
+    assert set(first[2]) == {""}
+    assert set(other[2]) == {"7"}
+    assert first[3] == 0, first
 
 
 # --- faults ---------------------------------------------------------------------------------------
@@ -231,17 +279,31 @@ def test_worker_whose_gpu_failed_is_replaced_and_its_client_named(tmp_path, monk
         assert not any(reply.has_error() for reply in ask(grid, nodes).values())
 
 
-def test_broken_worker_of_a_node_answers_and_ends(monkeypatch):
-    sent, left = [], []
+BROKEN = """
+import os, sys
+from deployment import resident, work
+from exchange.faults import failure_of
+from settings.schema import WorkerError
+def answered(name, *_):
+    if name == "describe":
+        return resident.Answer(os.getpid())
+    try:
+        raise WorkerError("its GPU failed (an assert at Ann's row)")
+    except WorkerError as error:
+        return resident.Answer(None, *failure_of(error, []))
+work.answered = answered
+work.serve(resident.Connection(int(sys.argv[-1])))
+"""
 
-    class Caller:
-        recv = staticmethod(lambda: ("train", "", {"partition-id": 0}, None))
-        send = staticmethod(sent.append)
 
-    def broken(*_):
-        raise WorkerError("its GPU failed")
-
-    monkeypatch.setattr(resident, "work", broken)
-    monkeypatch.setattr(os, "_exit", left.append)
-    assert resident.answer(Caller())
-    assert (left, str(sent[0][1])) == ([1], "its GPU failed")
+def test_broken_worker_of_a_node_answers_and_is_replaced(monkeypatch):
+    monkeypatch.setattr(resident.ResidentWorker, "command", (sys.executable, "-c", BROKEN))
+    with resident.ResidentWorker(os.environ) as worker:
+        before, broken, after = (
+            worker.ask((name, "", NODE, None), 60, lambda: False) for name in ("describe", "train", "describe")
+        )
+    assert before.content != after.content
+    assert broken.code == WORKER_DIED
+    assert broken.told.startswith("its GPU failed, and its worker process was replaced: ")
+    assert "Ann" in broken.whole
+    assert "Ann" not in broken.told

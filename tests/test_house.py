@@ -17,14 +17,14 @@ MAY_IMPORT = {  # by file of the front, or room; lower ones first
     "model": ("hub", "settings", "utils"),
     "data": ("settings", "utils"),
     "dataset": ("data", "model", "hub", "settings", "utils"),
-    "exchange": ("model", "settings"),
+    "exchange": ("model", "settings", "utils"),
     "runs": ("dataset", "model", "settings", "utils"),
     "learning": ("runs", "exchange", "dataset", "model", "hub", "machine", "settings", "utils"),
     "client": ("learning", "exchange", "dataset", "model", "hub", "machine", "settings", "utils"),
     "test": ("learning", "runs", "machine", "settings", "utils"),
     "server": ("client", "learning", "runs", "exchange", "dataset", "model", "hub", "machine", "settings", "utils"),
-    "deployment": ("client", "machine", "settings", "utils"),
-    "app": ("deployment", "server", "runs", "exchange", "dataset", "model", "machine", "settings", "utils"),
+    "deployment": ("client", "learning", "runs", "exchange", "dataset", "model", "machine", "settings", "utils"),
+    "app": ("deployment", "server", "runs", "dataset", "model", "machine", "settings", "utils"),
     "main": ("server", "runs", "machine", "settings", "utils"),
 }
 ROOMS = sorted(name for name in MAY_IMPORT if f"{name}.py" not in FRONT)

@@ -247,7 +247,7 @@ class Restarting(LocalGrid):
 
     def get_node_ids(self):
         if "train" in self.seen and 1 not in self.nodes:
-            self.nodes[1] = 0  # a new id, while the old one is still listed
+            self.nodes = {node: partition for node, partition in self.nodes.items() if partition} | {1: 0}
         return list(self.nodes)
 
     seen: set = set()
