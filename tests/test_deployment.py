@@ -558,7 +558,10 @@ class Engine:
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         temporary = "".join(f"{kind}_temp_path {self.folder}/{kind};\n" for kind in kinds)
         file = self.folder / "nginx.conf"
-        file.write_text(f"pid {self.folder}/nginx.pid;\nevents {{}}\nhttp {{\naccess_log off;\n{temporary}{server}}}\n")
+        user = "user root;\n" if os.geteuid() == 0 else ""  # the folder of a test is its user's alone
+        file.write_text(
+            f"{user}pid {self.folder}/nginx.pid;\nevents {{}}\nhttp {{\naccess_log off;\n{temporary}{server}}}\n"
+        )
         return file
 
     def wait_for_superlink(self) -> None:
@@ -813,6 +816,49 @@ class Fleet:
         )
 
     RegisterNode = ActivateNode
+
+
+class Restarted(Fleet):
+    """A SuperLink that knows a node as one that is there, and takes its key only after it has taken leave."""
+
+    def __init__(self):
+        super().__init__("in use")
+        self.is_there, self.pulled = True, 0
+
+    def ActivateNode(self, request):
+        if self.is_there:
+            super().ActivateNode(request)
+        return SimpleNamespace(node_id=7)
+
+    def DeactivateNode(self, request):
+        assert request.node_id == 7
+        self.is_there = False
+
+    def PullMessages(self, request):
+        self.pulled += 1
+        raise {1: refused(401), 2: refused(413), 3: refused(403), 4: httpx.ConnectError("gone"), 5: refused(500)}[
+            self.pulled
+        ]
+
+
+def test_node_comes_back_after_it_was_not_accepted_and_survives_what_is_refused(monkeypatch):
+    monkeypatch.setattr(link, "AGAIN_S", 0.01)
+    said = []
+    node = link.Link("127.0.0.1:1", True, None, ec.generate_private_key(ec.SECP384R1()), said.append)
+    node.client, node.node = Restarted(), link.Node(node_id=7)
+    with pytest.raises(link.NotAccepted, match="signature"):
+        node.receive(1e9)
+    node.activate()
+    assert (said, node.client.is_there) == ([], False)
+    with pytest.raises(link.Refused, match="the server answers 413"):
+        node.receive(1e9)
+    with pytest.raises(link.RunOver):
+        node.receive(1e9)
+    with pytest.raises(KeyError):  # it asked on, after it could not be reached, and after an error of the server
+        node.receive(1e9)
+    assert node.client.pulled == 6
+    assert len(said) == 1
+    assert "cannot be reached (gone)" in said[0]
 
 
 @pytest.mark.parametrize(
