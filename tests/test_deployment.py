@@ -776,7 +776,7 @@ def test_faults_of_nodes_and_workers_and_a_late_node(tmp_path):
         lines = read_json_lines(deployed.results() / "metrics.jsonl")
         assert [line["round"] for line in lines] == [1, 2, 3, 4, 5, 6], output
         assert lines[0]["clients"] == [0, 1]
-        assert lines[0]["num_examples"]["1"] == 40
+        assert lines[0]["num_examples"]["1"] == 38  # two are held out
         assert lines[3]["clients"] == [0, 1]  # the new worker answers by then
         assert lines[-1]["clients"] == [0]
         assert "another one is started" in deployed.log("first")
