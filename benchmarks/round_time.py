@@ -159,7 +159,7 @@ class Naive:
                     save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=False, learning_rate=RATE,
                     dataloader_pin_memory=False,
                 ),
-                train_dataset=self.worker.raw_rows(client).map(
+                train_dataset=self.worker.raw_rows(client).table.map(
                     lambda row: {
                         "prompt": f"### Instruction:\n{row['instruction']}\n{row['input']}\n### Response:\n",
                         "completion": row["output"],
