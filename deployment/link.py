@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -59,7 +60,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 ACTIVATION_S = 120.0  # a node that was killed counts as there for a minute
 AGAIN_S, MOST_AGAIN_S = 0.5, 15.0  # between two tries, doubled
 CLOCK_S = 4.0  # Flower refuses a node whose clock is 5 s ahead or 305 s behind
-BUSY_STATUS = (502, 503, 504)
+BUSY_STATUS = (500, 502, 503, 504)
 
 
 class RunOver(Exception):
@@ -68,6 +69,10 @@ class RunOver(Exception):
 
 class NotAccepted(Exception):
     """Why the SuperLink does not let this node take part."""
+
+
+class Refused(Exception):
+    """What the SuperLink, or the proxy before it, does not take."""
 
 
 class TooLarge(Exception):
@@ -163,6 +168,8 @@ class Link:
             try:
                 if self.registers_itself:
                     self.register()
+                if self.node_id:
+                    self.deactivate()
                 self.node = Node(node_id=self.client.ActivateNode(self.activation()).node_id)
                 return
             except httpx.HTTPError as error:
@@ -181,6 +188,11 @@ class Link:
         except httpx.HTTPStatusError as error:
             if error.response.status_code != httpx.codes.PRECONDITION_FAILED:
                 raise
+
+    def deactivate(self) -> None:
+        """Take leave, if the SuperLink knows of this node: it takes nobody's key twice, not even from the same one."""
+        with suppress(httpx.HTTPStatusError):
+            self.client.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id))
 
     def activation(self, interval: float = HEARTBEAT_DEFAULT_INTERVAL) -> ActivateNodeRequest:
         return ActivateNodeRequest(public_key=self.public_key, heartbeat_interval=interval)
@@ -228,6 +240,7 @@ class Link:
         Raises:
             RunOver: if its run ended.
             NotAccepted: if this node is not accepted any more.
+            Refused: if the SuperLink does not take what is asked of it.
         """
         wait_s, started = AGAIN_S, time.monotonic()
         while True:
@@ -237,8 +250,11 @@ class Link:
                 status = error.response.status_code
                 if status == httpx.codes.FORBIDDEN:
                     raise RunOver from error
-                if status not in BUSY_STATUS:
+                if status == httpx.codes.UNAUTHORIZED:
                     raise NotAccepted(self.why_refused(error)) from error
+                if status not in BUSY_STATUS:
+                    path, text = error.request.url.path, " ".join(error.response.text.split())[:200]
+                    raise Refused(f"the server answers {status} to {path}: {text}") from error
                 reason = f"status {status}"
             except httpx.TransportError as error:
                 reason = str(error) or type(error).__name__

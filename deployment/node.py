@@ -12,7 +12,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.run import Run
 
 from deployment import bundle
-from deployment.link import Link, NotAccepted, RunOver, Task, TooLarge
+from deployment.link import Link, NotAccepted, Refused, RunOver, Task, TooLarge
 from deployment.resident import Answer, Died, GivenUp, ResidentWorker
 from settings.policy import Policy
 from utils import bytes_text, printable
@@ -76,6 +76,8 @@ class Node:
                 self.say_ended()
             except TooLarge as error:
                 log.error("%s is not read: this node's policy has max_message_bytes", error)
+            except Refused as error:
+                log.error("%s", error)
             except NotAccepted as error:  # the SuperLink was restarted, or a clock was set
                 log.warning("%s", error)
                 self.link.activate()

@@ -258,7 +258,7 @@ def test_site_that_was_away_at_the_end_gets_the_adapter_when_it_is_back(two, tmp
 
 
 def leave(grid, replies):
-    if any("arrays" in reply.content.array_records for reply in replies if reply.has_content()):
+    if any(reply.content.array_records for reply in replies if reply.has_content()):
         grid.away = {2}
     return replies
 
