@@ -104,7 +104,7 @@ def test_gpus_that_stay_idle_are_named(monkeypatch):
         "2 of 4 GPUs stay idle: 16 CPU cores are enough for 2 workers of client_resources.num_cpus=8; "
         "set client_resources.num_cpus=4"
     )
-    assert engine.idle_gpus(config) in plan.Inputs("", {}, engine.idle_gpus(config)).warnings
+    assert engine.idle_gpus(config) in plan.Inputs("", idle_gpus=engine.idle_gpus(config)).warnings
     assert plan.fits_here(config).startswith("2 of 4 GPUs stay idle")
     machine(monkeypatch, 2, cpus=16)
     assert engine.idle_gpus(config) is None
