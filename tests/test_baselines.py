@@ -54,6 +54,7 @@ def test_baseline_changes_nothing_but_what_it_is_about():
         assert "eta" not in baseline.strategy
 
 
+@pytest.mark.slow
 def test_client_alone_is_trained_and_measured_by_itself(tmp_path):
     for name, count in (("train", 40), ("heldout", 10)):
         lines = Path(f"quickstart/data/{name}.jsonl").read_text().splitlines(keepends=True)[:count]

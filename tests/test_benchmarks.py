@@ -70,6 +70,7 @@ def test_limit_and_suite_do_the_same_work():
     assert np.linalg.norm(apart) < 0.1 * np.linalg.norm(moved)  # Adam makes much of rounding where gradients are small
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naive_rounds", [0, 1])
 def test_round_time_reports_ratios_of_pairs(naive_rounds):
     times = round_time.measure(small(), 2, {"naive": naive_rounds, "main": 0}, [])

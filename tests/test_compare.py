@@ -88,6 +88,7 @@ def test_runs_of_one_name_and_settings_of_one_ending_stay_apart(tmp_path):
     assert [row["run"] for row in read_table(tmp_path / "out")] == ["a/0", "b/0", "c/0"]
 
 
+@pytest.mark.slow
 def test_folder_of_another_run_keeps_its_own_settings_and_results(tmp_path, capsys):
     fast = [*TINY, f"hydra.run.dir={tmp_path}"]
     assert call_main(*fast, "seed=1") == 0
@@ -167,6 +168,7 @@ def start_sweep(*arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_behind_a_failing_job_and_leaves_nothing_behind(tmp_path, capsys):
     data = ",".join(["quickstart/data/train.jsonl", "/no/such/file.jsonl"])
     sweep = start_sweep("--multirun", *TINY, f"dataset.name={data}", "seed=1,2", f"hydra.sweep.dir={tmp_path}",

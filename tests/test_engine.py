@@ -110,6 +110,7 @@ def test_every_client_answers_for_itself_from_as_many_workers_as_are_needed(tmp_
     wait_for_end(workers, 10)
 
 
+@pytest.mark.slow
 def test_worker_that_hangs_is_ended_and_replaced(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(backend, "ResidentBackend", lambda site: made.append(ResidentBackend(site)) or made[0])

@@ -649,6 +649,7 @@ def in_bfloat16(monkeypatch):
     monkeypatch.setattr(adapters, "compute_dtype", lambda device=None: torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_loss_is_the_same_before_and_after_the_first_training_and_in_test_py(in_bfloat16, tmp_path):
     config = small(HELD_OUT)
     worker, adapter = Worker(config), start(config)
@@ -671,6 +672,7 @@ def test_loss_is_the_same_before_and_after_the_first_training_and_in_test_py(in_
         np.testing.assert_array_equal(sums[:3], there[category][:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part", ["model.lora.bias=lora_only", "+model.lora.lora_bias=true", "+model.lora.modules_to_save=[lm_head,norm]"]
 )

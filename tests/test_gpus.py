@@ -270,6 +270,7 @@ def test_workers_libraries_are_imported_when_it_is_known_what_they_may_see_and_i
 # --- faults ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_worker_whose_gpu_failed_is_replaced_and_its_client_named(tmp_path, monkeypatch):
     breaks_once(monkeypatch, tmp_path, "cpu")
     with simulated_grid(Site(small("num_clients=2", f"client_resources.num_cpus={os.cpu_count()}"))) as grid:

@@ -10,6 +10,7 @@ from utils import quiet_transformers
 MOST = 40  # lines of a run of one round with two clients: settings, clients, warnings of libraries, the round itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["none", "8", "4"])
 def test_a_round_writes_few_lines_into_the_log(bits, tmp_path, monkeypatch):
     lines = []

@@ -399,6 +399,7 @@ def test_strangers_run_folder_can_not_run_code(evil, again, tmp_path):
     assert OmegaConf.select(OmegaConf.create(dataclasses.asdict(config)), given.key_or_group) == given.value()
 
 
+@pytest.mark.slow
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = [[sys.executable, SUITE / "main.py", "dry_run=true", "experiment=quickstart"] for _ in range(2)]
@@ -410,6 +411,7 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, 
     assert len({first, second, Path(third).resolve()}) == 3
 
 
+@pytest.mark.slow
 def test_paths_are_as_seen_from_where_the_command_is_typed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = SUITE / "quickstart" / "data" / "train.jsonl"
