@@ -92,7 +92,10 @@ class Clients:
         self.grid, self.timeout_s, self.progress, self.most_bytes = grid, timeout_s, progress, most_bytes
         self.poll_s, self.ttl_s = POLL_S, timeout_s
         self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
-        if isinstance(grid, InMemoryGrid):  # of a simulation: its nodes are made in the order of their partitions
+        self.introduction_s, self.aside_s = INTRODUCTION_S, ASIDE_S
+        self.is_simulated = isinstance(grid, InMemoryGrid)
+        if self.is_simulated:  # its nodes are made in the order of their partitions, and answer when workers are ready
+            self.introduction_s = self.aside_s = float("inf")
             self.poll_s, self.ttl_s = SIMULATED_POLL_S, SIMULATED_TTL_S
             made = list(cast(Any, grid.state).nodes)
             self.nodes = {partition: node for partition, node in enumerate(made) if partition >= SIMULATED_ASKED}
@@ -152,7 +155,7 @@ class Clients:
                 return
             if time.monotonic() > deadline:
                 raise RunError(f"{len(self.nodes)} of {at_least} clients (strategy.min_replies) came in {timeout_s:g}s")
-            if said < (said := len(self.nodes)):
+            if said < (said := len(self.nodes)) and not self.is_simulated:
                 self.progress.say(f"{said} of {at_least} clients are here")
             time.sleep(self.poll_s)
 
@@ -160,28 +163,28 @@ class Clients:
         """Forget clients that are gone, ask nodes that are new who they are, and take down what was answered."""
         online, now = self.online(), time.monotonic()
         self.nodes = {partition: node for partition, node in self.nodes.items() if node in online}
-        self.questions = {n: q for n, q in self.questions.items() if q.node in online and now - q.asked < ASIDE_S}
+        self.questions = {n: q for n, q in self.questions.items() if q.node in online and now - q.asked < self.aside_s}
         self.loading = {node: what for node, what in self.loading.items() if node in online}
         busy = {question.node for question in self.questions.values()} | self.unusable | set(self.nodes.values())
         for node in sorted(online - busy):
             if now >= self.aside.get(node, 0.0):
-                ttl_s = self.ttl_s if self.ttl_s == SIMULATED_TTL_S else ASIDE_S
+                ttl_s = SIMULATED_TTL_S if self.is_simulated else ASIDE_S
                 for name in self.grid.push_messages([Message(RecordDict(), node, MessageType.QUERY, ttl=ttl_s)]):
                     self.questions[name] = Question(node, now, node not in self.loading)
         for reply in pull(self.grid, list(self.questions), self.most_bytes) if self.questions else []:
             question = self.questions.pop(reply.metadata.reply_to_message_id)
             self.meet(question.node, cleaned(reply))
         for question in self.questions.values():
-            if question.is_waited_for and now - question.asked > INTRODUCTION_S:
+            if question.is_waited_for and now - question.asked > self.introduction_s:
                 question.is_waited_for = False
+                who = self.label_of_node(question.node)
                 self.progress.warn(
-                    f"{self.label_of_node(question.node)} does not say who it is for {INTRODUCTION_S:g}s; nobody waits "
-                    "for it any more"
+                    f"{who} does not say who it is for {self.introduction_s:g}s; nobody waits for it any more"
                 )
 
     def online(self) -> set[int]:
         """The nodes that are there. Of a SuperLink's, the keys are taken down that they are known by."""
-        if isinstance(self.grid, InMemoryGrid) or not hasattr(self.grid, "get_nodes"):
+        if self.is_simulated or not hasattr(self.grid, "get_nodes"):
             return set(self.grid.get_node_ids())
         nodes = list(self.grid.get_nodes())
         self.keys = {
