@@ -97,7 +97,7 @@ class Clients:
         if self.is_simulated:  # its nodes are made in the order of their partitions, and answer when workers are ready
             self.introduction_s = self.aside_s = float("inf")
             self.poll_s, self.ttl_s = SIMULATED_POLL_S, SIMULATED_TTL_S
-            made = list(cast(Any, grid.state).nodes)
+            made = list(cast(Any, grid).state.nodes)
             self.nodes = {partition: node for partition, node in enumerate(made) if partition >= SIMULATED_ASKED}
         self.sites: dict[int, Site] = dict(known or {})  # by partition: who has it, here or not
         self.keys: dict[int, tuple[str, str]] = {}  # by node: SHA-256 of its public key, and its registered name
