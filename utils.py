@@ -52,6 +52,8 @@ def shipped_path(name: str) -> Path | None:
     Flower's app bundle cannot hold weights or templates: from inside one, they are found in the
     folder from which `pip install -r requirements.txt` installed the suite.
     """
+    if ".." in Path(name).parts:  # it says from where a user sees it, which may lead back here by chance
+        return None
     for suite in (SUITE_FOLDER, installed_folder()):
         if suite and (suite / name).exists() and (suite / name).resolve().is_relative_to(suite.resolve()):
             return suite / name

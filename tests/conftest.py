@@ -1,12 +1,16 @@
 """A federation without an engine: the real server and the real client handlers in one process."""
 
+import atexit
+import functools
 import gc
 import itertools
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,7 +35,7 @@ from runs import compare, stopping
 from server.federation import Federation
 from settings.compose import compose
 from settings.schema import RunConfig
-from utils import file_sha256, read_json_lines, seed_of
+from utils import SUITE_FOLDER, file_sha256, read_json_lines, seed_of
 
 # rouge-score brings absl, whose log handler closes its stream when Hydra sets logging up: let it not be pytest's
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
@@ -77,14 +81,29 @@ SMALL = [
 ]
 
 
+def often(values: Iterable, *chosen) -> list:
+    """Parameters of a test, of which the default suite takes the chosen ones; the others are slow."""
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def conversations(rows: Iterable[dict]) -> list[Conversation]:
     """Rows with Alpaca's columns as what they say."""
     return [from_alpaca(row) for row in rows]
 
 
+@functools.cache
+def few_rows() -> Path:
+    """A file of the quickstart's first 400 rows: making tokens of all takes longer than most tests."""
+    file = Path(tempfile.mkdtemp()) / "few.jsonl"
+    atexit.register(shutil.rmtree, file.parent, ignore_errors=True)
+    lines = (SUITE_FOLDER / "quickstart/data/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[:400]), encoding="utf-8")
+    return file
+
+
 def small(*overrides: str) -> RunConfig:
     """The quickstart, cut down to seconds."""
-    return compose([*SMALL, *overrides])
+    return compose([*SMALL, f"dataset.name={few_rows()}", *overrides])
 
 
 class LocalGrid:

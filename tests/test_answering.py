@@ -550,6 +550,7 @@ def task_folder(eval_file) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_lm_eval_gives_the_log_likelihoods_of_our_own_loss(answerer, run_folder, eval_file, task_folder, tmp_path):
     """Rows of different lengths, prompt and response with EOS; each row alone, so that bfloat16 rounds alike."""
     tasks = [f"--tasks={','.join(TASKS)}", f"--include-path={task_folder}", "--batch-size=1"]

@@ -99,7 +99,7 @@ def written(rows: list[dict], kind: str) -> bytes:
 KINDS = ("jsonl", "json", "csv", "tsv", "parquet", "json.gz", "jsonl.zst")
 
 
-@pytest.mark.parametrize("count", [35, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [15, pytest.param(1000, marks=pytest.mark.slow)])
 def test_any_conversation_comes_back_as_it_was_written(count, tmp_path):
     numbers = iter(range(10**9))
 

@@ -55,6 +55,7 @@ def test_documentation_rows_are_real_and_of_all_lengths():
     assert {bool(row["input"]) for row in rows} == {True, False}
 
 
+@pytest.mark.slow
 def test_limit_and_suite_do_the_same_work():
     config = small()
     torch.manual_seed(0)

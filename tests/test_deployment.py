@@ -72,6 +72,7 @@ POLLING_S = 4.0  # the node asks for messages, and the server for replies
 PRIVATE = {"partition-id": 0}
 
 
+@pytest.mark.slow
 def test_bundle_for_flower_holds_all_that_an_app_imports(tmp_path):
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(SUITE_FOLDER))) as bundle:
         bundle.extractall(tmp_path)
@@ -521,6 +522,7 @@ def test_certificates_are_made_once_whole_or_not_at_all_and_keys_are_private(tmp
     assert (tmp_path / "other.pub").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
 @pytest.mark.parametrize("unit", ["flower-client.service", "flower-superlink.service"])
 def test_service_files_are_valid_and_hold_what_runs_in_them(unit, tmp_path):

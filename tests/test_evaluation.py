@@ -253,6 +253,7 @@ def test_run_is_bit_identical_with_and_without_evaluation(quantization, few, tmp
     assert runs[1][0].record.metrics[0]["held_out"]["global"]["answers"] == 3
 
 
+@pytest.mark.slow
 def test_global_set_is_evaluated_in_turn_by_one_client_and_by_nobody_else(few, tmp_path):
     asked = []
 
@@ -398,6 +399,7 @@ def test_best_points_to_the_checkpoint_with_the_lowest_held_out_loss(tmp_path):
     assert found["bytes_per_point"] is None  # nothing was gained at the end
 
 
+@pytest.mark.slow
 def test_early_stop_ends_where_a_hand_calculation_says(tmp_path):
     # lowest after round 3, then 4, 5, 6: three rounds without a lower one
     config = small(*TEN, "train.early_stop_rounds=3")

@@ -161,6 +161,7 @@ class Seer:
         return os.environ.get(gpus.VARIABLE), self.imported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_gpus", "count", "visible", "seen", "preloaded"),
     [
@@ -186,6 +187,7 @@ def test_ray_workers_see_their_own_gpu_before_anything_is_imported(
     assert {imported for _, imported in told} == {preloaded}
 
 
+@pytest.mark.slow
 def test_driver_of_a_run_sees_no_gpu_and_its_cpu_workers_neither(tmp_path):
     """From the first import on, whatever the environment says; the node's facts say where the clients train."""
     code = (
@@ -252,6 +254,7 @@ work.serve(connection)
 """
 
 
+@pytest.mark.slow
 def test_workers_libraries_are_imported_when_it_is_known_what_they_may_see_and_it_is_replaced_for_another(monkeypatch):
     monkeypatch.setattr(resident.ResidentWorker, "command", (sys.executable, "-c", WATCHED))
     with resident.ResidentWorker(os.environ | {gpus.VARIABLE: "7,3"}) as worker:

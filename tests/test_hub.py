@@ -60,6 +60,7 @@ def run(script: str, environment: dict[str, str], *arguments: str) -> tuple[int,
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_main_command_trains_on_what_the_hub_holds_and_asks_it_only_at_the_start(repositories, tmp_path):
     folder = tmp_path / "run"
     with LocalHub(repositories) as local:

@@ -6,7 +6,7 @@ import dataset
 from hub import models as hub
 from settings.compose import compose
 from settings.schema import SettingsError
-from tests.conftest import run_locally, small
+from tests.conftest import often, run_locally, small
 from tests.hub.repositories import build
 from tests.hub.server import LocalHub
 
@@ -59,7 +59,7 @@ def overrides(layout: str) -> list[str]:
     return [f"dataset.{part}" for part in layout.removeprefix("dataset.").split(" dataset.")]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", often(LAYOUTS, *list(LAYOUTS)[:2]))
 def test_layout_of_the_hub_is_read_and_trained_for_a_round(layout, local, tmp_path):
     config = small(*overrides(layout), "num_rounds=1", "num_clients=2", "train.training_arguments.max_steps=1")
     rows = dataset.load_rows(config.dataset)

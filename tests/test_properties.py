@@ -22,7 +22,7 @@ from settings.compose import checked, one_line
 from settings.schema import CONFIG_FOLDER, DatasetConfig, SettingsError, setting_names
 from tests.conftest import conversations, small
 
-OFTEN = [300, pytest.param(2000, marks=pytest.mark.slow)]
+OFTEN = [100, pytest.param(2000, marks=pytest.mark.slow)]
 FEW = [100, pytest.param(2000, marks=pytest.mark.slow)]
 
 

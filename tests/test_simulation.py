@@ -29,6 +29,7 @@ def run_main(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_simulation_loads_once_a_worker_tokenizes_once_a_partition_and_is_quiet(tmp_path):
     done = run_main(tmp_path)
     assert done.returncode == 0, done.stderr
@@ -51,6 +52,7 @@ def test_engine_and_server_take_less_than_a_second_of_a_round(tmp_path):
         assert line["seconds"]["transfer"] + line["seconds"]["aggregate"] < 1.0
 
 
+@pytest.mark.slow
 def test_clients_that_all_fail_end_the_run_with_their_traceback_and_exit_code_1(tmp_path, capsys):
     missing = "train.training_arguments.optim=apollo_adamw"  # of a package that is not there: only a client notices
     assert call_main("experiment=quickstart", *SHORT, f"hydra.run.dir={tmp_path}", missing) == 1

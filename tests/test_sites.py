@@ -167,6 +167,7 @@ def test_resume_with_other_rows_is_refused_by_name_and_with_the_same_goes_on(two
         federation_of(stranger, tmp_path / "run", resumes=True).run(stranger)
 
 
+@pytest.mark.slow
 def test_only_sites_with_rows_of_their_own_measure_the_held_out_set(two, tmp_path):
     own = rows(tmp_path / "heldout.jsonl", 900, 16)
     grid = Sites(
@@ -231,6 +232,7 @@ def test_nobody_waits_in_a_round_for_a_newcomer_that_is_downloading(two, tmp_pat
     assert set(federation.clients.nodes) == {0, 1}
 
 
+@pytest.mark.slow
 def test_site_that_was_away_at_the_end_gets_the_adapter_when_it_is_back(two, tmp_path, monkeypatch):
     monkeypatch.setattr(handover, "LEAST_S", 0.2)
 

@@ -111,6 +111,7 @@ def test_sampling_depends_on_seed_and_round_alone():
     assert counts.max() < 250
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_of_conf_runs(name, tmp_path):
     federation, summary = run_locally(small(f"strategy={name}", "strategy.fraction_fit=0.5"), tmp_path)
@@ -257,6 +258,7 @@ class Restarting(LocalGrid):
         return super().answer(message)
 
 
+@pytest.mark.slow
 def test_node_that_restarts_takes_its_place_again(tmp_path):
     config = small("strategy.fraction_fit=1.0", "num_rounds=3")
     client._resident.clear()

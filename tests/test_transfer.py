@@ -12,7 +12,7 @@ from client import Site, client_app
 from exchange import transfer
 from exchange.transfer import to_record
 from settings.schema import RunError
-from tests.conftest import LocalGrid, make_federation, run_locally, small
+from tests.conftest import LocalGrid, make_federation, often, run_locally, small
 from tests.test_strategy import Sabotage
 
 
@@ -93,7 +93,7 @@ def exact_run(tmp_path_factory):
     return run_locally(small(*WHOLE), tmp_path_factory.mktemp("fp32") / "run")
 
 
-@pytest.mark.parametrize("form", SHARE)
+@pytest.mark.parametrize("form", often(SHARE, "int8"))
 def test_federation_sends_less_and_learns_the_same(form, exact_run, tmp_path):
     exact, reference = exact_run
     federation, summary = run_locally(small(*WHOLE, f"transfer={form}"), tmp_path)
@@ -133,6 +133,7 @@ def test_reply_that_is_no_difference_is_left_out_by_name(tmp_path):
     assert "client 2 is left out: its adapter cannot be read: holds other arrays" in federation.progress.warnings[0]
 
 
+@pytest.mark.slow
 def test_evaluation_works_over_every_form(tmp_path):
     config = small("transfer=fp16", "dataset.holdout=0.1", "strategy.fraction_evaluate=0.5", "num_rounds=1")
     federation, summary = run_locally(config, tmp_path)

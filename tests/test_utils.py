@@ -101,3 +101,9 @@ def test_home_that_cannot_be_written_is_left_alone_and_any_other_is_used(tmp_pat
     utils.leave_unusable_home()
     assert Path(os.environ["HOME"]).is_dir()
     assert f"warning: the home folder {tmp_path / 'file' / 'home'} cannot be written" in capsys.readouterr().err
+
+
+def test_path_that_leads_back_into_the_suite_is_not_one_that_it_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert utils.local_path("quickstart/model")
+    assert utils.local_path(f"../{utils.SUITE_FOLDER.name}/quickstart/model") is None
