@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from peft import LoraConfig
 
 import model as adapters
 from dataset import (
@@ -113,7 +112,7 @@ class Worker:
         return self.rows if self.own_rows else partition_of(self.rows, self.partitioner, partition_id)
 
     @functools.cached_property
-    def plan(self) -> tuple[LoraConfig, dict[str, tuple[int, ...]]]:
+    def plan(self) -> tuple[adapters.LoraConfig, dict[str, tuple[int, ...]]]:
         """The adapter that these settings make in this base model, known without its weights."""
         return adapters.adapter_plan(self.config.model, adapters.read_config(self.config.model))
 

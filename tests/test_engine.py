@@ -159,3 +159,11 @@ def test_ray_cluster_of_two_machines_gives_the_adapter_of_this_machines_processe
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("ray", "here")]
     assert results[0]["adapter_sha256"] == results[1]["adapter_sha256"]
     assert results[0]["processes"] == results[0]["model_loads"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["server.worker", "server.simulation", "deployment.work", "test"])
+def test_processes_start_without_a_compiler_that_they_do_not_use(module):
+    code = f"import sys, {module}; print('torch._inductor.compile_fx' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=SUITE, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"
