@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--naive-rounds", type=int, default=5, help="it takes long: in the first pairs only")
     parser.add_argument("--main-rounds", type=int, default=5, help="as --naive-rounds")
+    parser.add_argument("--evaluations", type=int, default=5, help="as --naive-rounds")
     parser.add_argument("--output", type=Path, help="write the results as JSON")
     parser.add_argument("overrides", nargs="*", help="settings, as for main.py")
     options = parser.parse_args()
@@ -299,6 +300,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         overrides = settings(options, Path(folder))
         config, at_most = compose(overrides), {"naive": options.naive_rounds, "main": options.main_rounds}
+        at_most |= dict.fromkeys(["plain", "scored"], options.evaluations)
         results = summarize(measure(config, options.pairs, at_most, overrides))
     results["peak_memory_bytes"] = peak_resident_bytes()
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
