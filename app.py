@@ -6,7 +6,7 @@ starts a new process for every message, so importing it must stay cheap.
 
 import logging
 import shlex
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
@@ -15,8 +15,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from machine import gpus
 from runs import runfolder
+from settings.compose import compose
 from settings.overrides import to_type
 from settings.resume import read_settings
+from settings.schema import SettingsError
 from utils import log_to_file, send_nothing_home
 
 OVERRIDES = "overrides"  # the one run-config key: Hydra overrides, separated by blanks as in a shell
@@ -32,9 +34,6 @@ def serve(grid: Grid, context: Context) -> None:
     overrides = shlex.split(str(context.run_config.get(OVERRIDES, "")))
     folder = None
     try:
-        from settings.compose import compose
-        from settings.schema import SettingsError
-
         config = compose(overrides, "deployment")
         if config.baseline:
             raise SettingsError(f"baseline={config.baseline}: compares in a simulation only; use python main.py")
@@ -60,8 +59,6 @@ def serve(grid: Grid, context: Context) -> None:
 
 def run_folder(below: Path, resume: str | None) -> Path:
     """A new run folder, or the one of the run that is resumed; nothing outside of `below` is written."""
-    from settings.schema import SettingsError
-
     if resume is None:
         return runfolder.new_folder(below)
     folder = Path(resume).resolve()
@@ -72,25 +69,17 @@ def run_folder(below: Path, resume: str | None) -> Path:
 
 
 def make_client(partition_id: int | None = None) -> ClientApp:
-    """A ClientApp for a plain `flower-supernode`.
-
-    Args:
-        partition_id: the partition to use; by default the one in the node's config.
-    """
+    """A ClientApp for a plain `flower-supernode`; without `partition_id` it has the one in the node's config."""
     app = ClientApp()
-
-    def handler(name: str) -> Callable[[Message, Context], Message]:
-        return lambda message, context: answer(name, message, context, partition_id)
-
-    app.query()(handler("describe"))
-    app.query("initial_adapter")(handler("initial"))
-    app.query("final")(handler("final"))
-    app.train()(handler("train"))
-    app.evaluate()(handler("evaluate"))
+    app.query()(partial(answer, "describe", partition_id))
+    app.query("initial_adapter")(partial(answer, "initial", partition_id))
+    app.query("final")(partial(answer, "final", partition_id))
+    app.train()(partial(answer, "train", partition_id))
+    app.evaluate()(partial(answer, "evaluate", partition_id))
     return app
 
 
-def answer(name: str, message: Message, context: Context, partition_id: int | None = None) -> Message:
+def answer(name: str, partition_id: int | None, message: Message, context: Context) -> Message:
     """Do what `message` asks for, in this process."""
     from deployment.work import answered, sees_its_gpus
 
@@ -106,6 +95,4 @@ def answer(name: str, message: Message, context: Context, partition_id: int | No
     return Message(found.content, reply_to=message)
 
 
-client = make_client()
-client1 = make_client(0)
-client2 = make_client(1)
+client, client1, client2 = make_client(), make_client(0), make_client(1)

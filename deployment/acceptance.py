@@ -1,10 +1,11 @@
 """What a node accepts of a server: the run's settings as this node reads them, within its owner's policy."""
 
 import functools
+import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,7 @@ def place_of(overrides: str, node: tuple[tuple[str, Any], ...]) -> Place:
 def accepted(overrides: str, node: Mapping[str, Any], policy: Policy) -> tuple[RunConfig, bool]:
     """The run's settings as this node accepts them, and whether the rows are the node's own.
 
-    Raises:
-        SettingsError: for what the server may not ask; it is public, for it is about the server's own words.
+    Raises SettingsError for what the server may not ask; it is public, for it is about the server's own words.
     """
     try:
         asked = settings_asked(overrides)
@@ -62,11 +62,7 @@ def accepted(overrides: str, node: Mapping[str, Any], policy: Policy) -> tuple[R
 
 
 def settings_asked(overrides: str) -> RunConfig:
-    """The settings that a server's run-config stands for.
-
-    Raises:
-        SettingsError: if it does more than to set values.
-    """
+    """The settings that a server's run-config stands for. Raises SettingsError if it does more than to set values."""
     try:
         given = [text for text in shlex.split(overrides) if not RESUME.match(text)]  # that is the server's business
     except ValueError as error:
@@ -78,22 +74,16 @@ def settings_asked(overrides: str) -> RunConfig:
 
 
 def node_settings(config: RunConfig, node: Mapping[str, Any]) -> RunConfig:
-    """`config` with what this node has of its own in place.
+    """`config` with what this node has of its own in place. Raises SettingsError if the server asks for more.
 
-    What is read on this machine is decided here: the server may name a Hub id or what the suite ships,
-    never a path, a class to import, or code to trust. The node's config names local files: `dataset`
-    (its own rows), `eval` (a held-out set), `model` (a folder of base weights) and `cache` (for the quantized model);
-    `category-column` names the one column whose values the server may learn.
-
-    Raises:
-        SettingsError: if the server asks for more.
+    What is read on this machine is decided here: the server may name a Hub id or what the suite ships, never a path, a
+    class to import, or code to trust. The node's config names local files: `dataset` (its own rows), `eval` (a held-out
+    set), `model` (a folder of base weights) and `cache` (for the quantized model); `category-column` names the one
+    column whose values the server may learn.
     """
-    named: list[tuple[Any, str, str]] = [
-        (config.dataset, "name", "dataset"),
-        (config.dataset, "eval_name", "eval"),
-        (config.model, "name", "model"),
-    ]
-    for part, field, key in named:
+    for setting, key in (("dataset.name", "dataset"), ("dataset.eval_name", "eval"), ("model.name", "model")):
+        section, field = setting.split(".")
+        part = getattr(config, section)
         name = getattr(part, field)
         if key in node:
             setattr(part, field, str(node[key]))
@@ -101,8 +91,8 @@ def node_settings(config: RunConfig, node: Mapping[str, Any]) -> RunConfig:
             setattr(part, field, str(shipped_path(name)))
         elif name is not None and (not HUB_ID.fullmatch(name) or Path(name).exists() or shipped_path(name)):
             raise SettingsError(
-                f"{'model' if part is config.model else 'dataset'}.{field}={name}: a server can name a Hub id, "
-                f"OWNER/NAME, and no path on this node; set {key} in the node's config"
+                f"{setting}={name}: a server can name a Hub id, OWNER/NAME, and no path on this node; "
+                f"set {key} in the node's config"
             )
     config.model.cache_folder = str(node["cache"]) if "cache" in node else None
     if "dataset" in node or "eval" in node:  # the server learns the column's values: it could name the answers
@@ -115,21 +105,10 @@ def node_settings(config: RunConfig, node: Mapping[str, Any]) -> RunConfig:
     template = config.dataset.template
     if template != "tokenizer" and not shipped_path(f"conf/template/{template}.jinja"):
         raise SettingsError(f"dataset.template={template}: on a node, use a template of the suite")
-    if any(os.sep in text for text in texts([config.train.training_arguments, config.model.lora])):
+    if os.sep in json.dumps([config.train.training_arguments, config.model.lora], default=str):
         raise SettingsError("train.training_arguments or model.lora: a server cannot name a path on this node")
     if not PARTITIONERS.fullmatch(config.dataset.partitioner["_target_"]):
         raise SettingsError("dataset.partitioner._target_: on a node, use one of flwr_datasets.partitioner")
     if config.model.trust_remote_code:
         raise SettingsError("model.trust_remote_code=true: a node does not run a model repository's code")
     return config
-
-
-def texts(value: Any) -> Iterator[str]:
-    """Every string inside `value`, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from texts(list(value.values()))
-    elif isinstance(value, list):
-        for part in value:
-            yield from texts(part)

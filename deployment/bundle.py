@@ -4,19 +4,17 @@ import functools
 import hashlib
 import io
 import zipfile
-from pathlib import Path
 
-SUITE_FOLDER = Path(__file__).resolve().parents[1]
+from utils import SUITE_FOLDER
+
 MOST_BYTES = 50_000_000  # unpacked; Flower allows 10 MB packed
 
 
 def digest(bundle: bytes) -> str:
     """SHA-256 over names and contents of a bundle's files, sorted; nothing is unpacked to disk.
 
-    What Flower adds (`.info/`) does not count, nor how it is packed.
-
-    Raises:
-        ValueError: if it is no bundle, or larger than MOST_BYTES.
+    What Flower adds (`.info/`) does not count, nor how it is packed. Raises ValueError if it is no bundle, or larger
+    than MOST_BYTES.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(bundle)) as packed:

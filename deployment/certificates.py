@@ -18,39 +18,36 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-VALID = timedelta(days=90)
+VALID, AUTHORITY = timedelta(days=90), "LLM FlowerTune trial authority"
+Key = ec.EllipticCurvePrivateKey
 
 
-def name_of(common_name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+def new_key() -> Key:
+    return ec.generate_private_key(ec.SECP384R1())
 
 
-def builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
+def certificate(name: str, key: Key, ca_key: Key, *extensions: tuple[x509.ExtensionType, bool]) -> x509.Certificate:
+    """A certificate of `key`, signed by the authority's; of each extension, whether it is critical."""
+    subject, issuer = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, each)]) for each in (name, AUTHORITY))
     made = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
-    return made.serial_number(x509.random_serial_number()).not_valid_before(now).not_valid_after(now + VALID)
+    made = made.serial_number(x509.random_serial_number())
+    made = made.not_valid_before(now := datetime.now(UTC)).not_valid_after(now + VALID)
+    for extension, is_critical in extensions:
+        made = made.add_extension(extension, is_critical)
+    return made.sign(ca_key, hashes.SHA384())
 
 
-def authority() -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """A new certificate authority that signs itself."""
-    key, name = ec.generate_private_key(ec.SECP384R1()), name_of("LLM FlowerTune trial authority")
-    usage = x509.KeyUsage(
-        False, False, False, False, False, True, True, False, False
-    )  # signs certificates, nothing else
-    made = builder(name, name, key).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    return made.add_extension(usage, critical=True).sign(key, hashes.SHA384()), key
+def for_authority(ca_key: Key) -> x509.Certificate:
+    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # signs certificates, no more
+    return certificate(AUTHORITY, ca_key, ca_key, (x509.BasicConstraints(True, path_length=0), True), (usage, True))
 
 
-def server_certificate(
-    hosts: list[str], ca: x509.Certificate, ca_key: ec.EllipticCurvePrivateKey
-) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+def for_server(hosts: list[str], key: Key, ca_key: Key) -> x509.Certificate:
     """A certificate for a server that is reached under `hosts`, names or IP addresses."""
-    key = ec.generate_private_key(ec.SECP384R1())
     names = x509.SubjectAlternativeName([alternative(host) for host in hosts])
-    issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
-    made = builder(name_of(hosts[0]), ca.subject, key).add_extension(names, critical=False)
-    made = made.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    return made.add_extension(issuer_key, critical=False).sign(ca_key, hashes.SHA384()), key
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+    no_authority = x509.BasicConstraints(False, path_length=None)
+    return certificate(hosts[0], key, ca_key, (names, False), (no_authority, True), (issuer, False))
 
 
 def alternative(host: str) -> x509.GeneralName:
@@ -60,12 +57,7 @@ def alternative(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def write_new(path: Path, content: bytes, mode: int) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)
-
-
-def private_bytes(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
+def private_bytes(key: Key, form: serialization.PrivateFormat) -> bytes:
     return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
@@ -78,23 +70,24 @@ def make(folder: Path, hosts: list[str], nodes: list[str]) -> None:
     """
     files: dict[str, bytes] = {}
     if hosts:
-        ca, ca_key = authority()
-        # the SuperLink's own processes connect to it on this machine
-        certificate, key = server_certificate(list(dict.fromkeys([*hosts, "localhost", "127.0.0.1"])), ca, ca_key)
+        key, ca_key = new_key(), new_key()
+        here = ("localhost", "127.0.0.1")  # the SuperLink's own processes connect to it on this machine
+        server = for_server(list(dict.fromkeys([*hosts, *here])), key, ca_key)
         files["server.key"] = private_bytes(key, serialization.PrivateFormat.PKCS8)
-        files["ca.pem"] = ca.public_bytes(serialization.Encoding.PEM)
-        files["server.pem"] = certificate.public_bytes(serialization.Encoding.PEM)
+        files["ca.pem"] = for_authority(ca_key).public_bytes(serialization.Encoding.PEM)
+        files["server.pem"] = server.public_bytes(serialization.Encoding.PEM)
     for node in nodes:
-        pair = ec.generate_private_key(ec.SECP384R1())
+        pair = new_key()
         public = pair.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        files[node] = private_bytes(pair, serialization.PrivateFormat.OpenSSH)
-        files[f"{node}.pub"] = public + b"\n"
+        files |= {node: private_bytes(pair, serialization.PrivateFormat.OpenSSH), f"{node}.pub": public + b"\n"}
     for name in files:
         if (folder / name).exists():
             raise FileExistsError(f"{folder / name} exists: choose another folder, or move it away")
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        write_new(folder / name, content, 0o644 if name.endswith((".pem", ".pub")) else 0o600)
+        mode = 0o644 if name.endswith((".pem", ".pub")) else 0o600
+        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
 
 
 def main() -> int:

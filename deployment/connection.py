@@ -1,29 +1,21 @@
 """Where the SuperLink is: the options that say it, whether it answers, and whether strangers could use it."""
 
 import argparse
-import json
 import os
 import re
 import socket
+import ssl
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
+
+from settings.schema import RunError, SettingsError
 
 SUPERLINK = "127.0.0.1:8000"
 REACH_S = 10.0
 NOWHERE = "192.0.2.1"  # a documentation address (RFC 5737): asking for the way there sends nothing
-
-
-class LaunchError(Exception):
-    """What the user has to change, in one line."""
-
-
-class Outage(Exception):
-    """What does not work at this moment, in one line; it may another time."""
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
@@ -36,43 +28,44 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
 def check_connection(options: argparse.Namespace) -> None:
     """Warn of a connection without TLS.
 
-    Raises:
-        LaunchError: for an address or a file that cannot be.
-        Outage: if nobody answers within REACH_S seconds.
+    Raises SettingsError for an address or a file that cannot be, and RunError if nobody answers within REACH_S seconds.
     """
     if options.insecure:
         print("warning: --insecure: adapters travel unencrypted and nobody proves who they are", file=sys.stderr)
-    if options.root_certificates and not os.path.isfile(options.root_certificates):
-        raise LaunchError(f"--root-certificates={options.root_certificates}: no such file")
+    if (file := options.root_certificates) and not os.path.isfile(file):
+        raise SettingsError(f"--root-certificates={file}: no such file")
+    try:
+        ssl.create_default_context(cafile=file)
+    except OSError as error:
+        raise SettingsError(f"--root-certificates={file}: holds no certificate in PEM form ({error})") from error
     host, _, port = options.superlink.rpartition(":")
     if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
-        raise LaunchError(f"--superlink={options.superlink}: use HOST:PORT, for example {SUPERLINK}")
+        raise SettingsError(f"--superlink={options.superlink}: use HOST:PORT, for example {SUPERLINK}")
     deadline = time.monotonic() + REACH_S
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-            return
-        except (OSError, ValueError) as error:
-            if time.monotonic() > deadline or isinstance(error, ValueError):
-                reason = getattr(error, "strerror", None) or error
-                raise Outage(
-                    f"--superlink={options.superlink}: no SuperLink answers ({reason}); start flower-superlink first, "
-                    "or correct the address"
-                ) from error
-            time.sleep(0.5)
+    while fault := fault_at(options.superlink):
+        if time.monotonic() > deadline or isinstance(fault, ValueError):
+            reason = getattr(fault, "strerror", None) or fault
+            raise RunError(
+                f"--superlink={options.superlink}: no SuperLink answers ({reason}); start flower-superlink first, "
+                "or correct the address"
+            )
+        time.sleep(0.5)
 
 
-@contextmanager
-def connection_folder(options: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """A Flower home with this one connection, so that the user's own is neither needed nor changed."""
-    with tempfile.TemporaryDirectory(prefix="flowertune-") as home:
-        lines = ["[superlink.launcher]", f"address = {json.dumps(options.superlink)}"]
-        if options.insecure:
-            lines.append("insecure = true")
-        if options.root_certificates:
-            lines.append(f"root-certificates = {json.dumps(str(options.root_certificates.resolve()))}")
-        (Path(home) / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        yield os.environ | {"FLWR_HOME": home}
+def client_of(kind: Any, options: argparse.Namespace, *interceptors: Any) -> Any:
+    """A client of Flower, of this `kind`, for the SuperLink that the options name."""
+    certificates = options.root_certificates.read_bytes() if options.root_certificates else None
+    return kind.from_server_address(options.superlink, options.insecure, certificates, interceptors)
+
+
+def fault_at(superlink: str) -> Exception | None:
+    """Why nobody listens at HOST:PORT, if nobody does; a ValueError is for good."""
+    host, _, port = superlink.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        return None
+    except (OSError, ValueError) as error:
+        return error
 
 
 def exposed_at(options: argparse.Namespace) -> str | None:

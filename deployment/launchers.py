@@ -1,4 +1,4 @@
-"""`flower-client-app` and `flower-server-app`: a node of a federation, and a thin starter of `flwr run`.
+"""`flower-client-app` and `flower-server-app`: a node of a federation, and the submission of a run.
 
 Users know these names and Flower no longer ships them. Imports nothing heavy.
 """
@@ -9,17 +9,15 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SUITE_FOLDER = Path(__file__).resolve().parents[1]
-sys.path.append(str(SUITE_FOLDER))  # the console scripts know this package alone
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the console scripts know this package alone
 
-from deployment.connection import LaunchError, Outage, add_connection, check_connection  # noqa: E402
-from deployment.submission import submit  # noqa: E402
+from deployment.connection import add_connection, check_connection  # noqa: E402
 from settings.policy import read_policy  # noqa: E402
-from settings.schema import SettingsError  # noqa: E402
+from settings.schema import RunError, SettingsError  # noqa: E402
 from utils import printable, send_nothing_home  # noqa: E402
 
 FAILED, WRONG = 1, 2  # exit codes: of what may work another time, and of what has to be changed
@@ -43,14 +41,7 @@ def client_command() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where the adapters that runs end with, and a log, go")
     parser.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE", help="what this node is known by")
     options, others = parser.parse_known_args()
-    return run_or_say(lambda: start_node(known_alone(options, others)))
-
-
-def known_alone(options: argparse.Namespace, others: Sequence[str]) -> argparse.Namespace:
-    """Raises LaunchError for the first option that there is not."""
-    if others:
-        raise LaunchError(f"{others[0]}: there is no such option; flower-client-app --help names them")
-    return options
+    return run_or_say(lambda: start_node(options, others))
 
 
 def server_command() -> int:
@@ -63,18 +54,21 @@ def server_command() -> int:
     return run_or_say(lambda: submit(options))
 
 
+def submit(options: argparse.Namespace) -> int:
+    from deployment import submission
+
+    return submission.submit(options)
+
+
 def run_or_say(command: Callable[[], int]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: sys.exit(128 + received))
     send_nothing_home()
     try:
         return command()
-    except (LaunchError, SettingsError) as error:
+    except (SettingsError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return WRONG
-    except Outage as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return FAILED if isinstance(error, RunError) else WRONG
     except KeyboardInterrupt:
         return 130
 
@@ -83,24 +77,25 @@ def node_config(options: argparse.Namespace) -> dict[str, Any]:
     """What this node knows of itself: its partition, its name, and the paths that only this machine may name."""
     name = options.app.removeprefix("app:")
     if not options.app.startswith("app:") or name not in PARTITIONS:
-        raise LaunchError(f"{options.app}: use {', '.join('app:' + known for known in PARTITIONS)}")
-    if PARTITIONS[name] is not None and options.partition_id is not None:
-        raise LaunchError(f"--partition-id={options.partition_id}: {options.app} has its own; use app:client")
-    partition = options.partition_id if PARTITIONS[name] is None else PARTITIONS[name]
+        raise SettingsError(f"{options.app}: use {', '.join('app:' + known for known in PARTITIONS)}")
+    own = PARTITIONS[name]
+    if None not in (own, options.partition_id):
+        raise SettingsError(f"--partition-id={options.partition_id}: {options.app} has its own; use app:client")
+    partition = options.partition_id if own is None else own
     if partition is None or partition < 0:
-        raise LaunchError(f"{options.app}: needs --partition-id=NUMBER, from 0, different on every node")
+        raise SettingsError(f"{options.app}: needs --partition-id=NUMBER, from 0, different on every node")
     config: dict[str, Any] = {"partition-id": partition, "resident": True}
     for key in ("dataset", "eval", "model", "cache", "policy"):
         path = getattr(options, key)
         if path is not None:
             if not os.path.exists(path):
-                raise LaunchError(f"--{key}={path}: no such file or folder")
+                raise SettingsError(f"--{key}={path}: no such file or folder")
             config[key] = str(path.resolve())
     if options.keep:
         config["keep"] = str(writable(options.keep))
     if options.name:
         if len(options.name) > MOST_NAME or not options.name.isprintable():
-            raise LaunchError(f"--name={options.name!r}: use at most {MOST_NAME} printable characters")
+            raise SettingsError(f"--name={options.name!r}: use at most {MOST_NAME} printable characters")
         config["name"] = options.name
     if options.category_column:
         config["category-column"] = options.category_column
@@ -114,49 +109,39 @@ def writable(folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder.resolve()
     except OSError as error:
-        raise LaunchError(f"--keep={folder}: cannot be written ({error.strerror}); choose another folder") from error
+        raise SettingsError(f"--keep={folder}: cannot be written ({error.strerror}); choose another folder") from error
 
 
-def start_node(options: argparse.Namespace) -> int:
-    """Be a node until told to end, with a worker beside it."""
+def start_node(options: argparse.Namespace, others: list[str]) -> int:
+    """Be a node until told to end, with a worker beside it. `others` are options that there are not."""
+    if others:
+        raise SettingsError(f"{others[0]}: there is no such option; flower-client-app --help names them")
     config = node_config(options)
     policy = read_policy(options.policy)
-    key = key_of(options)
-    check_connection(options)
-    from deployment.link import Link, NotAccepted
+    path = options.auth_supernode_private_key
+    if path and options.insecure:
+        raise SettingsError("--auth-supernode-private-key: needs TLS; use --root-certificates=FILE, not --insecure")
+    from deployment.link import Link, NotAccepted, read_key, rows_key
     from deployment.node import Node, log
     from deployment.resident import Died, ResidentWorker
 
-    if key:
-        from deployment.link import rows_key
-
+    if key := read_key(path) if path else None:
         config["rows-key"] = rows_key(key)
+    check_connection(options)
     os.umask(0o077)  # nothing that this node writes is for others
     log_to(log, config.get("keep"))
-    with tempfile.TemporaryDirectory(prefix="flowertune-") as private:
-        try:
-            with ResidentWorker(worker_environment(private, config)) as worker:
-                arguments = options.superlink, options.insecure, options.root_certificates, key
-                with Link(*arguments, say=log.warning) as link:
-                    who = f" ({config['name']})" if "name" in config else ""
-                    log.info("node %s%s, partition %s: waiting for runs", link.node_id, who, config["partition-id"])
-                    Node(link, worker, config, policy).play()
-        except (NotAccepted, Died) as error:
-            log.error("error: %s", error)
-    return FAILED
-
-
-def key_of(options: argparse.Namespace) -> Any:
-    if options.auth_supernode_private_key is None:
-        return None
-    if options.insecure:
-        raise LaunchError("--auth-supernode-private-key: needs TLS; use --root-certificates=FILE, not --insecure")
-    from deployment.link import read_key
-
+    who = f" ({config['name']})" if "name" in config else ""
     try:
-        return read_key(options.auth_supernode_private_key)
-    except ValueError as error:
-        raise LaunchError(f"--auth-supernode-private-key={options.auth_supernode_private_key}: {error}") from error
+        with (
+            tempfile.TemporaryDirectory(prefix="flowertune-") as private,
+            ResidentWorker(worker_environment(private, config)) as worker,
+            Link(options, key, log.warning) as link,
+        ):
+            log.info("node %s%s, partition %s: waiting for runs", link.node.node_id, who, config["partition-id"])
+            Node(link, worker, config, policy).play()
+    except (NotAccepted, Died) as error:
+        log.error("error: %s", error)
+    return FAILED
 
 
 def worker_environment(private: str, config: dict[str, Any]) -> dict[str, str]:

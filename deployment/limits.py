@@ -15,14 +15,9 @@ from client import GLOBAL_SET, Worker
 from dataset import Partition, Rows
 from exchange.scores import FIELDS
 from learning.evaluation import HeldOut
-from settings.policy import Policy, check_adapter, refusal
+from settings.policy import Policy, refusal
 
 FIRST_ANSWER_FIELD = FIELDS.index("exact")  # it and those behind it are of answered rows
-
-
-def check_adapter_of(worker: Worker, policy: Policy) -> None:
-    """Raise SettingsError if a run trains what `policy` does not allow, looked up in the model itself."""
-    check_adapter(policy, worker.plan[1])
 
 
 def check_arrays(worker: Worker, content: Any) -> None:
@@ -92,17 +87,12 @@ def without_few_answers(reply: RecordDict, policy: Policy) -> RecordDict:
 
 def introduction(worker: Worker, node: Mapping[str, Any], partition_id: int) -> dict[str, Any]:
     """What a site says of itself besides the client's own facts; no row can be compared with any of it."""
-    config, key = worker.config.dataset, bytes.fromhex(str(node.get("rows-key", "")))
-    keeps = "keep" in node
-    told = {
-        "name": str(node.get("name", "")),
-        "lasting": bool(key),
-        "own-eval": "eval" in node,
-        "wants-adapter": keeps or bool(config.holdout) or "eval" in node,
-    }
+    key, own_eval = bytes.fromhex(str(node.get("rows-key", ""))), "eval" in node
+    wants_adapter = "keep" in node or bool(worker.config.dataset.holdout) or own_eval
+    told = {"lasting": bool(key), "own-eval": own_eval, "wants-adapter": wants_adapter, "name": node.get("name", "")}
     if key and "dataset" in node:
         told["rows-fingerprint"] = fingerprint(worker.raw_rows(partition_id), key)
-    if key and "eval" in node:
+    if key and own_eval:
         told["eval-fingerprint"] = fingerprint(worker.eval_rows, key)
     return told
 

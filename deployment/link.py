@@ -6,14 +6,15 @@ whose version is therefore pinned.
 """
 
 import hashlib
-import random
 import re
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +22,28 @@ import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.common.serde import fab_from_proto, message_from_proto, message_to_proto, run_from_proto
+from flwr.proto import fleet_pb2
 from flwr.proto.fab_pb2 import GetFabRequest
-from flwr.proto.fleet_pb2 import (
-    ActivateNodeRequest,
-    DeactivateNodeRequest,
-    PullMessagesRequest,
-    PushMessagesRequest,
-    RegisterNodeFleetRequest,
-    UnregisterNodeFleetRequest,
-)
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, push_objects
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from deployment.connection import client_of
+from exchange.pulling import read
+from settings.schema import SettingsError
 
 ACTIVATION_S = 120.0  # a node that was killed counts as there for a minute
 AGAIN_S, MOST_AGAIN_S = 0.5, 15.0  # between two tries, doubled
@@ -72,11 +60,7 @@ class NotAccepted(Exception):
 
 
 class Refused(Exception):
-    """What the SuperLink, or the proxy before it, does not take."""
-
-
-class TooLarge(Exception):
-    """A message has more bytes than this node reads."""
+    """What the SuperLink, or the proxy before it, does not take, or does not give whole."""
 
 
 @dataclass(frozen=True)
@@ -86,23 +70,20 @@ class Task:
     message: Message
     run: Run
     bundle: bytes
-    received_bytes: int
 
 
 def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """A node's private key.
-
-    Raises:
-        ValueError: if the file holds none; the text says what to do.
-    """
+    """A node's private key. Raises SettingsError if the file holds none; the text says what to do."""
+    option, use = f"--auth-supernode-private-key={path}", "use one that deployment.certificates made"
     try:
-        key = load_ssh_private_key(path.read_bytes(), None)
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror}); it must be readable by the user of this node") from error
+        reason = f"cannot be read ({error.strerror}); it must be readable by the user of this node"
+        raise SettingsError(f"{option}: {reason}") from error
     except (ValueError, UnsupportedAlgorithm, TypeError) as error:
-        raise ValueError("is no private key of a node; use one that deployment.certificates made") from error
+        raise SettingsError(f"{option}: is no private key of a node; {use}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ValueError("is no elliptic-curve key; use one that deployment.certificates made")
+        raise SettingsError(f"{option}: is no elliptic-curve key; {use}")
     return key
 
 
@@ -115,61 +96,42 @@ def rows_key(key: ec.EllipticCurvePrivateKey) -> str:
 class Link:
     """This node as the SuperLink knows it. Use as a context manager: it takes its leave at the end."""
 
-    def __init__(
-        self,
-        address: str,
-        insecure: bool,
-        root_certificates: Path | None,
-        key: ec.EllipticCurvePrivateKey | None,
-        say: Callable[[str], None],
-    ) -> None:
+    def __init__(self, options: Namespace, key: ec.EllipticCurvePrivateKey | None, say: Callable[[str], None]) -> None:
         self.registers_itself, self.say = key is None, say
         private, public = (key, key.public_key()) if key else generate_key_pairs()
         self.public_key = public_key_to_bytes(public)
-        interceptors: list[Any] = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(private, public)]
-        certificates = root_certificates.read_bytes() if root_certificates else None
-        self.client = FleetHttpClient.from_server_address(address, insecure, certificates, interceptors)
+        signs = NodeAuthHttpInterceptor(private, public)
+        self.client = client_of(FleetHttpClient, options, RuntimeVersionHttpInterceptor("SuperNode"), signs)
         self.node = Node()
         self.runs: dict[int, tuple[Run, bytes]] = {}
+        self.bytes_sent = self.bytes_received = 0
         self.leaving = threading.Event()
-        self.heartbeats = threading.Thread(target=self.stay_online, daemon=True)
-
-    @property
-    def node_id(self) -> int:
-        return int(self.node.node_id)
 
     def __enter__(self) -> "Link":
         self.activate()
-        self.heartbeats.start()
+        threading.Thread(target=self.stay_online, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.leaving.set()
-        requests: list[tuple[Any, Any]] = [(self.client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))]
-        if self.registers_itself:
-            requests.append((self.client.UnregisterNode, UnregisterNodeFleetRequest(node_id=self.node_id)))
-        for call, request in requests:
-            try:
-                call(request)
-            except (httpx.HTTPError, RuntimeError):
-                break  # it learns of it from the missing heartbeats
+        with suppress(httpx.HTTPError, RuntimeError):  # it learns of it from the missing heartbeats
+            self.client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self.node.node_id))
+            if self.registers_itself:
+                self.client.UnregisterNode(fleet_pb2.UnregisterNodeFleetRequest(node_id=self.node.node_id))
         self.client.close()
 
     # --- who this is ---
 
     def activate(self) -> None:
-        """Be known to the SuperLink as a node that is there; tried for ACTIVATION_S seconds.
-
-        Raises:
-            NotAccepted: with the reason.
-        """
+        """Be there for the SuperLink as a node. Raises NotAccepted after ACTIVATION_S seconds, with why."""
         deadline, said = time.monotonic() + ACTIVATION_S, ""
         while True:
             try:
                 if self.registers_itself:
                     self.register()
-                if self.node_id:
-                    self.deactivate()
+                if self.node.node_id:  # it takes nobody's key twice, not even from the same node
+                    with suppress(httpx.HTTPStatusError):
+                        self.client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self.node.node_id))
                 self.node = Node(node_id=self.client.ActivateNode(self.activation()).node_id)
                 return
             except httpx.HTTPError as error:
@@ -178,24 +140,18 @@ class Link:
                 raise NotAccepted(reason)
             if said != (said := re.sub(r"\d", "", reason)):  # a clock that is off is off by another second now
                 self.say(f"warning: {reason}; tried again for {deadline - time.monotonic():.0f} s")
-            if self.leaving.wait(3):
-                raise NotAccepted(reason)
+            self.leaving.wait(3)
 
     def register(self) -> None:
         """Let the SuperLink take a key that nobody registered, unless it has it already or takes none."""
         try:
-            self.client.RegisterNode(RegisterNodeFleetRequest(public_key=self.public_key))
+            self.client.RegisterNode(fleet_pb2.RegisterNodeFleetRequest(public_key=self.public_key))
         except httpx.HTTPStatusError as error:
             if error.response.status_code != httpx.codes.PRECONDITION_FAILED:
                 raise
 
-    def deactivate(self) -> None:
-        """Take leave, if the SuperLink knows of this node: it takes nobody's key twice, not even from the same one."""
-        with suppress(httpx.HTTPStatusError):
-            self.client.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id))
-
-    def activation(self, interval: float = HEARTBEAT_DEFAULT_INTERVAL) -> ActivateNodeRequest:
-        return ActivateNodeRequest(public_key=self.public_key, heartbeat_interval=interval)
+    def activation(self, interval: float = HEARTBEAT_DEFAULT_INTERVAL) -> fleet_pb2.ActivateNodeRequest:
+        return fleet_pb2.ActivateNodeRequest(public_key=self.public_key, heartbeat_interval=interval)
 
     def why_refused(self, error: httpx.HTTPError) -> str:
         """What hinders the activation of this node, in words that say what to do."""
@@ -224,28 +180,22 @@ class Link:
         return "this node's public key is not registered at the SuperLink: have the coordinator register it"
 
     def stay_online(self) -> None:
-        request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-        while not self.leaving.wait(HEARTBEAT_DEFAULT_INTERVAL / 3 * random.uniform(0.8, 1.2)):  # noqa: S311
-            try:
-                request.node.CopyFrom(self.node)
-                self.client.SendNodeHeartbeat(request)
-            except (httpx.HTTPError, ValueError):
-                continue  # the next call says why
+        while not self.leaving.wait(HEARTBEAT_DEFAULT_INTERVAL / 3):
+            beat = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+            with suppress(httpx.HTTPError, ValueError):  # the next call says why
+                self.client.SendNodeHeartbeat(beat)
 
     # --- messages ---
 
     def call(self, method: Callable[[Any], Any], request: Any) -> Any:
-        """One request, tried again while the SuperLink cannot be reached.
-
-        Raises:
-            RunOver: if its run ended.
-            NotAccepted: if this node is not accepted any more.
-            Refused: if the SuperLink does not take what is asked of it.
-        """
+        """One request, tried again while the SuperLink cannot be reached. Raises RunOver, NotAccepted and Refused."""
         wait_s, started = AGAIN_S, time.monotonic()
         while True:
             try:
-                return method(request)
+                answer = method(request)
+                self.bytes_sent += request.ByteSize()
+                self.bytes_received += answer.ByteSize()
+                return answer
             except httpx.HTTPStatusError as error:
                 status = error.response.status_code
                 if status == httpx.codes.FORBIDDEN:
@@ -265,38 +215,17 @@ class Link:
             wait_s = min(2 * wait_s, MOST_AGAIN_S)
 
     def receive(self, most_bytes: float) -> Task | None:
-        """The next message for this node, if there is one.
-
-        Raises:
-            TooLarge: if it has more than `most_bytes`.
-            RunOver, NotAccepted: as `call`.
-        """
-        response = self.call(self.client.PullMessages, PullMessagesRequest(node=self.node))
-        if not response.messages_list:
+        """The next message for this node, if there is one. Raises TooLarge if it has more than `most_bytes`."""
+        found = self.call(self.client.PullMessages, fleet_pb2.PullMessagesRequest(node=self.node))
+        if not found.messages_list:
             return None
-        metadata, tree = message_from_proto(response.messages_list[0]).metadata, response.message_object_trees[0]
+        metadata = message_from_proto(found.messages_list[0]).metadata
         run, bundle = self.run_of(metadata.run_id)
-        read = 0
-
-        def pull(name: str) -> bytes:
-            nonlocal read
-            content = pull_one(name)
-            read += len(content)
-            if read > most_bytes:
-                raise TooLarge(f"a message of more than {most_bytes:.0f} bytes")
-            return content
-
-        pull_one = make_pull_object_fn_protobuf(
-            lambda request: self.call(self.client.PullObject, request), self.node, metadata.run_id
-        )
-        contents = pull_objects([part.object_id for part in iterate_object_tree(tree)], pull)
-        received = ConfirmMessageReceivedRequest(
-            node=self.node, run_id=metadata.run_id, message_object_id=metadata.message_id
-        )
-        self.call(self.client.ConfirmMessageReceived, received)
-        message: Any = inflate_object_from_contents(metadata.message_id, contents)
-        message.metadata.__dict__["_message_id"] = metadata.message_id
-        return Task(message, run, bundle, read)
+        try:
+            message = read(self.call, self.client, self.node, metadata, found.message_object_trees[0], most_bytes)
+        except ObjectPullError as error:
+            raise Refused(str(error)) from error
+        return Task(message, run, bundle)
 
     def run_of(self, run_id: int) -> tuple[Run, bytes]:
         """What the SuperLink knows of a run, and its bundle."""
@@ -318,32 +247,22 @@ class Link:
 
     def identify(self, run_id: int) -> None:
         """Messages that this process makes from here on are this node's, for this run."""
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self.node_id, 0
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self.node.node_id, 0
 
-    def send(self, reply: Message, seconds: float) -> int:
-        """Send a reply; returns its bytes. Raises as `call`."""
+    def send(self, reply: Message, seconds: float) -> None:
+        """Send a reply that took `seconds`."""
         reply.metadata.__dict__["_message_id"] = reply.object_id
-        run_id = reply.metadata.run_id
         with no_object_id_recompute():
-            request = PushMessagesRequest(
+            request = fleet_pb2.PushMessagesRequest(
                 node=self.node,
                 messages_list=[message_to_proto(remove_content_from_message(reply))],
                 message_object_trees=[get_object_tree(reply)],
                 clientapp_runtime_list=[seconds],
             )
             response = self.call(self.client.PushMessages, request)
-            objects, sent = get_all_nested_objects(reply), 0
-            push_one = make_push_object_fn_protobuf(
-                lambda request: self.call(self.client.PushObject, request), self.node, run_id, response.session_id
-            )
-
-            def push(name: str, content: bytes) -> None:
-                nonlocal sent
-                push_one(name, content)
-                sent += len(content)
-
-            push_objects(objects, push, object_ids_to_push=set(response.objects_to_push))
-        return sent
+            push_one = partial(self.call, self.client.PushObject)
+            push = make_push_object_fn_protobuf(push_one, self.node, reply.metadata.run_id, response.session_id)
+            push_objects(get_all_nested_objects(reply), push, object_ids_to_push=set(response.objects_to_push))
 
 
 def clock_ahead_s(response: httpx.Response) -> float:

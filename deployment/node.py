@@ -3,7 +3,7 @@
 import logging
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.run import Run
 
 from deployment import bundle
-from deployment.link import Link, NotAccepted, Refused, RunOver, Task, TooLarge
+from deployment.link import Link, NotAccepted, Refused, RunOver, Task
 from deployment.resident import Answer, Died, GivenUp, ResidentWorker
+from exchange.pulling import TooLarge
 from settings.policy import Policy
 from utils import bytes_text, printable
 
@@ -38,18 +39,15 @@ class Tally:
 
     run: Run
     messages: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
     rows_trained: int = 0
     rows: int = 0
     """Rows that it trains on."""
-    is_refused: bool = False
     ended: bool = False
 
 
 @dataclass
 class Node:
-    """What answers. `play` goes on until the process is told to end."""
+    """What answers."""
 
     link: Link
     worker: ResidentWorker
@@ -60,9 +58,7 @@ class Node:
     def play(self) -> None:
         """Answer messages, one after the other, until this process is told to end.
 
-        Raises:
-            NotAccepted: if the SuperLink does not accept this node any more.
-            Died: if the worker cannot be started.
+        Raises NotAccepted if the SuperLink does not accept this node any more, and Died if the worker cannot start.
         """
         last = looked = 0.0
         while True:
@@ -75,7 +71,7 @@ class Node:
             except RunOver:
                 self.say_ended()
             except TooLarge as error:
-                log.error("%s is not read: this node's policy has max_message_bytes", error)
+                log.error("a message of more than %s is not read: this node's policy has max_message_bytes", error)
             except Refused as error:
                 log.error("%s", error)
             except NotAccepted as error:  # the SuperLink was restarted, or a clock was set
@@ -90,56 +86,55 @@ class Node:
     # --- one message ---
 
     def answer(self, task: Task) -> None:
-        tally = self.tally_of(task)
-        tally.bytes_received += task.received_bytes
-        start, kind = time.monotonic(), task.message.metadata.message_type
+        tally, kind, start = self.tally_of(task), task.message.metadata.message_type, time.monotonic()
         answer = self.answer_of(task)
         seconds = time.monotonic() - start
         if answer is None:
             return
         self.link.identify(task.run.run_id)
-        if answer.code:
-            reply = Message(Error(answer.code, answer.told), reply_to=task.message)
-            log.error("%s: %s", kind, answer.whole)
-        else:
-            reply = Message(answer.content, reply_to=task.message)
-        tally.bytes_sent += self.link.send(reply, seconds)
+        told: Any = Error(answer.code, answer.told) if answer.code else answer.content
+        self.link.send(Message(told, reply_to=task.message), seconds)
         tally.messages += 1
-        if not answer.code:
-            log.info("%s: %.1f s%s", kind, seconds, self.shown(answer.content, tally))
-        if kind == "query.final" and not answer.code:
+        if answer.code:
+            log.error("%s: %s", kind, answer.whole)
+            return
+        log.info("%s: %.1f s%s", kind, seconds, self.shown(answer.content, tally))
+        if kind == "query.final" and not tally.ended:
             self.say_final(task, answer, tally)
 
     def answer_of(self, task: Task) -> Answer | None:
         """What is answered to a message; None if nobody waits for it any more."""
-        metadata = task.message.metadata
-        handler, fault = HANDLERS.get(metadata.message_type), self.fault_of(task)
-        if fault:
-            return Answer(None, ErrorCode.INVALID_FAB, fault, fault)
-        if handler is None:
-            text = f"this node has no answer to messages of the type {printable(metadata.message_type)[:100]}"
-            return Answer(None, ErrorCode.UNKNOWN, text, text)
-        most_s, run_id = min(self.policy.max_seconds, metadata.ttl), task.run.run_id
-        request = (handler, overrides_of(task.run), dict(self.config) | {"run-id": run_id}, task.message.content)
+        metadata, run_id = task.message.metadata, task.run.run_id
+        if fault := self.fault_of(task):
+            return failed(ErrorCode.INVALID_FAB, fault)
+        if (handler := HANDLERS.get(metadata.message_type)) is None:
+            kind = printable(metadata.message_type)[:100]
+            return failed(ErrorCode.UNKNOWN, f"this node has no answer to messages of the type {kind}")
+        most_s = min(self.policy.max_seconds, metadata.ttl)
         try:
-            return self.worker.ask(request, most_s, lambda: self.link.is_over(run_id))
+            return self.ask(handler, task.run, task.message.content, most_s, lambda: self.link.is_over(run_id))
         except GivenUp as error:
             limit = "its policy's max_seconds" if most_s == self.policy.max_seconds else "strategy.round_timeout_s"
             text = f"{metadata.message_type}: {error} ({limit})"
             log.warning("%s", text)
-            return None if self.link.is_over(run_id) else Answer(None, ErrorCode.UNKNOWN, text, text)
+            return None if self.link.is_over(run_id) else failed(ErrorCode.UNKNOWN, text)
         except Died as error:
             if self.worker.process.poll() is not None:
                 raise
-            return Answer(None, ErrorCode.CLIENT_APP_CRASHED, str(error), str(error))
+            return failed(ErrorCode.CLIENT_APP_CRASHED, str(error))
+
+    def ask(self, handler: str, run: Run, content: Any, most_s: float, unwanted: Callable[[], bool]) -> Answer:
+        """The worker's answer, as `ResidentWorker.ask`."""
+        node = dict(self.config) | {"run-id": run.run_id}
+        return self.worker.ask((handler, overrides_of(run), node, content), most_s, unwanted)
 
     def fault_of(self, task: Task) -> str | None:
         """Why a run's code is not what this node has, if it is not; nothing of it is unpacked."""
+        own = bundle.own_digest()
         try:
             theirs = bundle.digest(task.bundle)
         except ValueError as error:
             theirs = f"none ({error})"
-        own = bundle.own_digest()
         if theirs == own:
             return None
         return (
@@ -154,12 +149,11 @@ class Node:
         run = task.run
         if self.tally is None or self.tally.run.run_id != run.run_id:
             self.say_ended()
-            self.tally = Tally(run)
-            who = run.account_name or run.flwr_aid or "whoever reached the SuperLink"
-            log.info(
-                "run %s, submitted by %s: bundle %s, settings: %s",
-                run.run_id, printable(who), bundle_name(task), printable(overrides_of(run))[:2000] or "none",
-            )  # fmt: skip
+            self.tally, self.link.bytes_sent, self.link.bytes_received = Tally(run), 0, 0
+            who = printable(run.account_name or run.flwr_aid or "whoever reached the SuperLink")
+            name = shlex.quote(printable(f"{run.fab_id} {run.fab_version} ({run.fab_hash[:16]})"))
+            asked = printable(overrides_of(run))[:2000] or "none"
+            log.info("run %s, submitted by %s: bundle %s, settings: %s", run.run_id, who, name, asked)
         return self.tally
 
     def shown(self, content: Any, tally: Tally) -> str:
@@ -172,24 +166,19 @@ class Node:
 
     def say_final(self, task: Task, answer: Answer, tally: Tally) -> None:
         """Three lines for this node's owner: where the adapter is, what it is worth here, what was sent."""
-        if tally.ended:
-            return
         tally.ended, config = True, task.message.content["config"]
         folders = list(answer.content["kept"]["folders"])
         where = f"; its adapter is in {folders[0]}" if folders else "; its adapter is not kept here: see --keep"
-        log.info(
-            "run %s ended after %s rounds%s, SHA-256 %s",
-            tally.run.run_id, config["rounds"], where, printable(str(config.get("final-sha256", "unknown"))),
-        )  # fmt: skip
+        sha256 = printable(str(config.get("final-sha256", "unknown")))
+        log.info("run %s ended after %s rounds%s, SHA-256 %s", tally.run.run_id, config["rounds"], where, sha256)
         log.info("%s", self.losses(task.run))
-        log.info("%s", traffic_line(tally))
+        log.info("%s", self.traffic_line(tally))
 
     def losses(self, run: Run) -> str:
-        request = ("losses", overrides_of(run), dict(self.config) | {"run-id": run.run_id}, None)
         try:
-            answer = self.worker.ask(request, self.policy.max_seconds, lambda: False)
+            answer = self.ask("losses", run, None, self.policy.max_seconds, lambda: False)
         except (GivenUp, Died) as error:
-            return f"held-out loss of this node's own rows: not measured ({error})"
+            answer = failed(ErrorCode.UNKNOWN, str(error))
         if answer.code:
             return f"held-out loss of this node's own rows: not measured ({answer.whole})"
         if not answer.content:
@@ -205,20 +194,17 @@ class Node:
         if self.tally and not self.tally.ended:
             self.tally.ended = True
             log.info("run %s ended without an adapter for this node: ask its coordinator", self.tally.run.run_id)
-            log.info("%s", traffic_line(self.tally))
+            log.info("%s", self.traffic_line(self.tally))
+
+    def traffic_line(self, tally: Tally) -> str:
+        sent, received = bytes_text(self.link.bytes_sent), bytes_text(self.link.bytes_received)
+        used = min(tally.rows_trained, tally.rows)
+        return f"trained on {used} of {tally.rows} rows; sent {sent} in {tally.messages} messages, received {received}"
 
 
-def traffic_line(tally: Tally) -> str:
-    used = min(tally.rows_trained, tally.rows)
-    return (
-        f"trained on {used} of {tally.rows} rows; sent {bytes_text(tally.bytes_sent)} in {tally.messages} messages, "
-        f"received {bytes_text(tally.bytes_received)}"
-    )
+def failed(code: int, text: str) -> Answer:
+    return Answer(None, code, text, text)
 
 
 def overrides_of(run: Run) -> str:
     return str(run.override_config.get(OVERRIDES, ""))
-
-
-def bundle_name(task: Task) -> str:
-    return shlex.quote(printable(f"{task.run.fab_id} {task.run.fab_version} ({task.run.fab_hash[:16]})"))

@@ -10,23 +10,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from exchange.faults import WORKER_DIED
+from utils import SUITE_FOLDER
 
-SUITE_FOLDER = Path(__file__).resolve().parents[1]
-LOOK_S = 10.0  # between two looks at whether a message is still wanted
+LOOK_S, END_S = 10.0, 5.0  # between two looks at whether a message is still wanted; for the worker to leave
 EARLY_S, MOST_EARLY_DEATHS = 15.0, 3
-END_S = 5.0
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a handler of client.py made of a message: its content, or an error."""
+    """What a handler made of a message: its content, or an error."""
 
     content: Any = None
     code: int = 0
@@ -59,11 +58,10 @@ class ResidentWorker:
 
     def __exit__(self, *_: object) -> None:
         self.connection.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
+        self.process.wait()
 
     def start(self) -> None:
         here, there = socket.socketpair()
@@ -79,11 +77,7 @@ class ResidentWorker:
         self.connection, self.started = Connection(here.detach()), time.monotonic()
 
     def restart(self) -> None:
-        """Replace a worker that is of no use any more.
-
-        Raises:
-            Died: if it dies again and again as soon as it starts.
-        """
+        """Replace a worker that is of no use any more. Raises Died if it dies again and again as soon as it starts."""
         is_early = self.process.poll() is not None and time.monotonic() - self.started < EARLY_S
         self.early_deaths = self.early_deaths + 1 if is_early else 0
         self.process.kill()
@@ -96,36 +90,29 @@ class ResidentWorker:
     def ask(self, request: tuple[Any, ...], most_s: float, unwanted: Callable[[], bool]) -> Answer:
         """The worker's answer to a `request`, which are the arguments of `answered`.
 
-        A worker that cannot see the GPUs of the run is replaced by one that can, and one that says that it is of no
-        use any more by another.
+        A worker that cannot see the GPUs of the run (it answers None) is replaced by one that can, and one that says
+        that it is of no use any more by another.
 
-        Raises:
-            GivenUp: after `most_s` seconds, or as soon as it is `unwanted`; the worker is another one then.
-            Died: if the worker died; it is another one then.
+        Raises GivenUp after `most_s` seconds, or as soon as it is `unwanted`, and Died if the worker died; then it is
+        another one.
         """
         deadline = time.monotonic() + most_s
-        while (answer := self.reply_to(request, most_s, deadline, unwanted)) is None:
-            self.restart()
-        if answer.code == WORKER_DIED:
-            self.restart()
-        return answer
-
-    def reply_to(
-        self, request: tuple[Any, ...], most_s: float, deadline: float, unwanted: Callable[[], bool]
-    ) -> Answer | None:
-        """What the worker replies; None if its libraries have seen other GPUs than the run needs. Raises as `ask`."""
-        try:
-            self.connection.send(request)
-            while not self.connection.poll(max(0.0, min(LOOK_S, deadline - time.monotonic()))):
-                late = time.monotonic() >= deadline
-                if late or unwanted():
-                    self.restart()
-                    raise GivenUp(f"given up after {most_s:g} s" if late else "nobody waits for it any more")
-            reply: Answer | None = self.connection.recv()
-        except (EOFError, OSError) as error:
-            self.restart()
-            raise Died("the worker died while it worked on this message; another one is started") from error
-        return reply
+        while True:
+            try:
+                self.connection.send(request)
+                while not self.connection.poll(max(0.0, min(LOOK_S, deadline - time.monotonic()))):
+                    late = time.monotonic() >= deadline
+                    if late or unwanted():
+                        self.restart()
+                        raise GivenUp(f"given up after {most_s:g} s" if late else "nobody waits for it any more")
+                answer: Answer | None = self.connection.recv()
+            except (EOFError, OSError) as error:
+                self.restart()
+                raise Died("the worker died while it worked on this message; another one is started") from error
+            if answer is None or answer.code == WORKER_DIED:
+                self.restart()
+            if answer:
+                return answer
 
 
 def end_with_parent() -> None:

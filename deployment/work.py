@@ -27,8 +27,7 @@ OWN_PATHS = ("dataset", "eval", "model", "cache", "keep", "policy")  # of a node
 def answered(name: str, overrides: str, node: Mapping[str, Any], content: Any) -> Answer:
     """What this node makes of a message's content: its handler `name` of deployment/handlers.py.
 
-    Args:
-        overrides: the run-config of the server's run.
+    `overrides` is the run-config of the server's run.
     """
     try:
         place = place_of(overrides, tuple(sorted(node.items())))

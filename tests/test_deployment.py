@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.cli.build import build_fab_from_disk
+from flwr.common.serde import user_config_from_proto
 
 import app
 import client
@@ -42,8 +44,8 @@ from exchange.transfer import to_record
 from learning import training
 from learning.evaluation import HeldOut
 from settings.compose import compose
-from settings.policy import read_policy
-from settings.schema import SettingsError
+from settings.policy import check_adapter, read_policy
+from settings.schema import RunError, SettingsError
 from tests.conftest import children, identify_as_flower_task
 from tests.test_house import modules
 from utils import SUITE_FOLDER, file_sha256, printable, read_json_lines
@@ -225,11 +227,11 @@ def worker_with(*overrides: str, node=PRIVATE) -> client.Worker:
 def test_embeddings_are_trained_only_where_the_owner_says_so(fresh_worker):
     named = worker_with("model.lora.target_modules=[embed_tokens,q_proj]")
     with pytest.raises(SettingsError, match=r"embed_tokens: this node's policy allows no embedding"):
-        limits.check_adapter_of(named, DEFAULT)
-    limits.check_adapter_of(named, dataclasses.replace(DEFAULT, train_embeddings=True))
-    limits.check_adapter_of(worker_with(), DEFAULT)  # all-linear
+        check_adapter(DEFAULT, named.plan[1])
+    check_adapter(dataclasses.replace(DEFAULT, train_embeddings=True), named.plan[1])
+    check_adapter(DEFAULT, worker_with().plan[1])  # all-linear
     with pytest.raises(SettingsError, match=r"down_proj: this node's policy allows q_proj, v_proj to be trained"):
-        limits.check_adapter_of(worker_with(), dataclasses.replace(DEFAULT, target_modules=["q_proj", "v_proj"]))
+        check_adapter(dataclasses.replace(DEFAULT, target_modules=["q_proj", "v_proj"]), worker_with().plan[1])
 
 
 def test_app_of_a_plain_supernode_answers_within_the_same_policy(fresh_worker):
@@ -483,6 +485,7 @@ def test_node_without_a_superlink_gets_one_clear_line(monkeypatch, capsys):
         (["flower-client-app", "app:client"], "needs --partition-id"),
         (["flower-client-app", "app:client1", "--dataset=/no/such"], "--dataset=/no/such: no such file"),
         (["flower-client-app", "app:client1", "--root-certificates=/no/such"], "no such file"),
+        (["flower-client-app", "app:client1", f"--root-certificates={__file__}"], "holds no certificate"),
         (["flower-client-app", "app:client1", "--dataset=" + "x" * 300], "no such file"),
         (["flower-client-app", "app:client1", "--partition-id=3"], "app:client1 has its own; use app:client"),
         (["flower-client-app", "app:client1", "--node-config", "a=1"], "--node-config: there is no such option"),
@@ -545,11 +548,41 @@ def known_options(unit: str) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize("text", ["a b", "it's", 'say "hi"', "back\\slash", "ü😀", "a,b=[1,2]"])
-def test_any_text_reaches_the_run_config_and_the_node_config_as_it_is(text):
-    from flwr.cli.config_utils import parse_config_args
+OPTIONS = argparse.Namespace(superlink="127.0.0.1:1", insecure=True, root_certificates=None)
 
-    assert parse_config_args([f"overrides={submission.toml_text(text)}"])["overrides"] == text
+
+@pytest.mark.parametrize("text", ["a b", "it's", 'say "hi"', "back\\slash", "ü😀", "a,b=[1,2]"])
+def test_any_text_reaches_the_run_config_as_it_is_with_the_bundle_that_nodes_compare(text):
+    run, asked = submission.Run(OPTIONS), []
+    run.client = SimpleNamespace(StartRun=lambda request: asked.append(request) or SimpleNamespace(run_id=7))
+    run.start(text)
+    [request] = asked
+    assert user_config_from_proto(request.override_config) == {"overrides": text}
+    assert bundle.digest(request.fab.content) == bundle.own_digest()
+    assert request.fab.hash_str == hashlib.sha256(request.fab.content).hexdigest()
+
+
+def test_log_is_shown_line_by_line_however_it_is_cut_and_what_it_says_is_taken_down(capsys):
+    run, log = submission.Run(OPTIONS), "INFO: a\rfolder: /srv/x\nerror: \x1b[2J\nlog: /srv/x/main.log"
+    pieces = [SimpleNamespace(log_output=mark) for mark in log]
+    run.client = SimpleNamespace(StreamLogs=lambda request: iter(pieces))
+    run.show_log()
+    assert capsys.readouterr().out.splitlines() == log.replace("\x1b", "\ufffd").splitlines()
+    assert (run.folder, run.gave_reason, run.says_how) == ("/srv/x", True, True)
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_run_that_the_superlink_does_not_take_says_why(status):
+    def refuse(request):
+        raise refused(status)
+
+    run = submission.Run(OPTIONS)
+    run.client = SimpleNamespace(StartRun=refuse, ListRuns=refuse, StopRun=refuse)
+    with pytest.raises(RunError, match="the SuperLink took no run: refused"):
+        run.start("")
+    with pytest.raises(RunError, match=r"its status is not known \(refused\)"):
+        run.status()
+    run.stop()
 
 
 # --- the engine, for real -------------------------------------------------------------------------
@@ -882,7 +915,7 @@ class Restarted(Fleet):
 def test_node_comes_back_after_it_was_not_accepted_and_survives_what_is_refused(monkeypatch):
     monkeypatch.setattr(link, "AGAIN_S", 0.01)
     said = []
-    node = link.Link("127.0.0.1:1", True, None, ec.generate_private_key(ec.SECP384R1()), said.append)
+    node = link.Link(OPTIONS, ec.generate_private_key(ec.SECP384R1()), said.append)
     node.client, node.node = Restarted(), link.Node(node_id=7)
     with pytest.raises(link.NotAccepted, match="signature"):
         node.receive(1e9)
@@ -912,7 +945,7 @@ def test_node_comes_back_after_it_was_not_accepted_and_survives_what_is_refused(
 def test_node_that_is_not_accepted_says_the_true_reason_and_tries_again(reason, words, monkeypatch):
     monkeypatch.setattr(link, "ACTIVATION_S", 0.05)
     said = []
-    node = link.Link("127.0.0.1:1", True, None, ec.generate_private_key(ec.SECP384R1()), said.append)
+    node = link.Link(OPTIONS, ec.generate_private_key(ec.SECP384R1()), said.append)
     node.client, node.leaving = Fleet(reason), SimpleNamespace(wait=lambda _: time.sleep(0.03))
     with pytest.raises(link.NotAccepted, match=words):
         node.activate()

@@ -312,6 +312,21 @@ def test_reply_larger_than_it_can_be_is_not_read_to_its_end():
             assert runtime.read < most + SLACK_BYTES + 20e6
 
 
+def test_reply_that_is_broken_or_not_whole_is_an_error_in_its_place():
+    identify_as_flower_task()
+    asked = Message(RecordDict(), 5, "train")
+    asked.metadata.__dict__["_message_id"] = "asked"
+    for found, words in ((True, "it is broken"), (False, "could not be found")):
+        grid = HttpGrid(token="x")  # noqa: S106
+        grid._client = runtime = Runtime(Message(RecordDict(), reply_to=asked))
+        answer = SimpleNamespace(object_found=found, object_available=True, object_content=b"nonsense")
+        runtime.PullObject = lambda request, answer=answer: answer
+        [got] = pull(grid, ["asked"], 1e9)
+        assert words in got.error.reason
+        assert (got.metadata.src_node_id, got.metadata.reply_to_message_id) == (5, "asked")
+        assert runtime.confirmed == [runtime.tree.object_id]
+
+
 def some_arrays():
     rng = np.random.default_rng(0)
     return {
