@@ -19,7 +19,7 @@ from exchange import folding
 from exchange.clients import Clients
 from exchange.pulling import SLACK_BYTES, pull
 from exchange.transfer import to_record
-from server import handover
+from server import sites
 from settings.compose import compose
 from settings.schema import RunError
 from tests.conftest import SMALL, LocalGrid, Silent, identify_as_flower_task, make_federation
@@ -233,7 +233,7 @@ def test_nobody_waits_in_a_round_for_a_newcomer_that_is_downloading(two, tmp_pat
 
 
 def test_site_that_was_away_at_the_end_gets_the_adapter_when_it_is_back(two, tmp_path, monkeypatch):
-    monkeypatch.setattr(handover, "LEAST_S", 0.2)
+    monkeypatch.setattr(sites, "LEAST_S", 0.2)
 
     class Back(Sites):
         looks = 0
