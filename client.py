@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import gc
 import json
+import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,27 +22,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+import dataset
 import model as adapters
-from dataset import (
-    NO_ANSWER,
-    Partition,
-    Rows,
-    fresh_rows,
-    load_eval_rows,
-    load_partition,
-    load_rows,
-    partition_of,
-    partition_rows,
-    read_template,
-    save_partition,
-    split_holdout,
-    tokenize_rows,
-)
+from dataset import NO_ANSWER, Partition, Rows, fresh_rows
 from exchange import transfer
-from exchange.faults import replied
+from exchange.faults import WORKER_DIED, failure_of
 from exchange.scores import Scores, figures
 from exchange.transfer import to_record
 from hub import models as hub
@@ -52,6 +40,8 @@ from machine.faults import is_out_of_memory, is_unusable
 from model import Adapter, first_sentence
 from settings.schema import RunConfig, SettingsError, WorkerError, public
 from utils import log_to_file, seed_of
+
+log = logging.getLogger(__name__)
 
 FETCHED_S = 2.0  # how long a client's introduction waits for the base model to be on its machine
 GLOBAL_SET = -1  # in place of a partition id: the rows of dataset.eval_name
@@ -79,20 +69,20 @@ class Worker:
 
     @functools.cached_property
     def template(self) -> str:
-        return read_template(self.config.dataset, self.tokenizer)
+        return dataset.read_template(self.config.dataset, self.tokenizer)
 
     @functools.cached_property
     def rows(self) -> Rows:
-        return load_rows(self.config.dataset)
+        return dataset.load_rows(self.config.dataset)
 
     @functools.cached_property
     def eval_rows(self) -> Rows:
-        return load_eval_rows(self.config.dataset)
+        return dataset.load_eval_rows(self.config.dataset)
 
     @functools.cached_property
     def partitioner(self) -> Any:
         config = self.config
-        return partition_rows(self.rows, config.dataset, config.num_clients, config.seed)
+        return dataset.partition_rows(self.rows, config.dataset, config.num_clients, config.seed)
 
     @functools.cached_property
     def fetching(self) -> Future[None]:
@@ -109,7 +99,7 @@ class Worker:
         """A client's rows before tokenization: its partition, or all there are if they are its own."""
         if partition_id == GLOBAL_SET:
             return self.eval_rows
-        return self.rows if self.own_rows else partition_of(self.rows, self.partitioner, partition_id)
+        return self.rows if self.own_rows else dataset.partition_of(self.rows, self.partitioner, partition_id)
 
     @functools.cached_property
     def plan(self) -> tuple[adapters.LoraConfig, dict[str, tuple[int, ...]]]:
@@ -157,67 +147,67 @@ class Worker:
     def partition(self, partition_id: int) -> Partition:
         """The tokenized rows of a client: from memory, from another worker's file, or made now.
 
-        Raises:
-            ValueError: if not one token of the client's rows could be trained on.
+        Raises ValueError if not one token of them could be trained on.
         """
         if partition_id not in self.partitions:
             file = self.cache_folder / f"partition_{partition_id}.safetensors" if self.cache_folder else None
-            kept = load_partition(file) if file else None
+            kept = dataset.load_partition(file) if file else None
             if kept is None:
                 rows, limit = self.raw_rows(partition_id), self.config.train.seq_length
-                kept = tokenize_rows(rows, self.tokenizer, self.template, limit, self.config.dataset.train_on)
+                kept = dataset.tokenize_rows(rows, self.tokenizer, self.template, limit, self.config.dataset.train_on)
                 self.counts["tokenizations"] += partition_id != GLOBAL_SET
                 if file:
-                    save_partition(kept, file)
+                    dataset.save_partition(kept, file)
             self.partitions[partition_id] = kept
-        partition = self.partitions[partition_id]
-        if not len(partition):
+        if not len(self.partitions[partition_id]):
             whose = "dataset.eval_name" if partition_id == GLOBAL_SET else f"client {partition_id}"
-            what = f"{whose}: none of its {partition.counts['rows']} rows has a response that can be trained"
-            do = "look at the data, or at dataset.partitioner"
-            without, refused = partition.counts["without_response"], partition.counts.get("refused", 0)
-            told = f"{what} ({without} {NO_ANSWER}; {refused} refused by the template); {do}"
-            raise public(ValueError(f"{what} ({'; '.join(partition.reasons)}); {do}"), told)
-        return partition
+            raise nothing_to_train(whose, self.partitions[partition_id])
+        return self.partitions[partition_id]
 
     def split(self, partition_id: int) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of a client's rows for training, and of those for evaluation."""
         if partition_id not in self.splits:
             share, seed = self.config.dataset.holdout, self.config.seed
-            self.splits[partition_id] = split_holdout(self.partition(partition_id), share, seed, partition_id)
+            self.splits[partition_id] = dataset.split_holdout(self.partition(partition_id), share, seed, partition_id)
         return self.splits[partition_id]
 
     def held_out(self, partition_id: int) -> HeldOut:
         """What a client, or GLOBAL_SET, has to evaluate on."""
         if partition_id not in self.held:
             partition, raw = self.partition(partition_id), self.raw_rows(partition_id)
-            every = np.arange(len(partition))
-            chosen = every if partition_id == GLOBAL_SET else self.split(partition_id)[1]
+            chosen = np.arange(len(partition)) if partition_id == GLOBAL_SET else self.split(partition_id)[1]
             self.held[partition_id] = held_out(partition, chosen, raw, self.config.dataset.category_column)
         return self.held[partition_id]
+
+
+def nothing_to_train(whose: str, partition: Partition) -> Exception:
+    """What to say where not one token of all rows could be trained on; the reasons stay where the rows are."""
+    counts, do = partition.counts, "look at the data, or at dataset.partitioner"
+    what = f"{whose}: none of its {counts['rows']} rows has a response that can be trained"
+    left_out = f"{counts['without_response']} {NO_ANSWER}; {counts.get('refused', 0)} refused by the template"
+    error = ValueError(f"{what} ({'; '.join(partition.reasons)}); {do}")
+    return cast(Exception, public(error, f"{what} ({left_out}); {do}"))
 
 
 def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -> tuple[Adapter, dict[str, Any]]:
     """Train `adapter` for one round on rows that this client has not used yet.
 
-    Returns:
-        The new adapter, and a report: mean loss of the steps, rows, tokens, seconds by part.
+    Returns the new adapter, and a report: mean loss of the steps, rows, tokens, seconds by part.
     """
-    clock = Clock()
-    with clock.part("load_s"):
+    seconds = dict.fromkeys(("load_s", "data_s", "train_s"), 0.0)
+    with timed(seconds, "load_s"):
         trainer = worker.trainer
         start_peak(worker.model.device)
         adapters.set_adapter(worker.model, adapter)
-    with clock.part("data_s"):
+    with timed(seconds, "data_s"):
         partition, (rows, _) = worker.partition(partition_id), worker.split(partition_id)
-        arguments = worker.config.train.training_arguments
-        wanted = worker.config.batch_size * arguments["max_steps"]
-        chosen = fresh_rows(rows, task.first_row, wanted, worker.config.seed, partition_id)
-        batches = by_length([partition.row(index) for index in chosen], worker.config.batch_size)
-    with clock.part("train_s"):
-        seed = seed_of("dropout", worker.config.seed, task.round_number, partition_id)
-        loss = train_on(trainer, batches, task, seed)
-    with clock.part("load_s"):
+        config = worker.config
+        wanted = config.batch_size * config.train.training_arguments["max_steps"]
+        chosen = fresh_rows(rows, task.first_row, wanted, config.seed, partition_id)
+        batches = by_length([partition.row(index) for index in chosen], config.batch_size)
+    with timed(seconds, "train_s"):
+        loss = train_on(trainer, batches, task, seed_of("dropout", config.seed, task.round_number, partition_id))
+    with timed(seconds, "load_s"):
         trained = adapters.get_adapter(worker.model)
     return trained, {
         "train_loss": loss,
@@ -225,34 +215,27 @@ def fine_tune(worker: Worker, adapter: Adapter, partition_id: int, task: Task) -
         "rows": len(chosen),
         "tokens": sum(len(row["input_ids"]) for row in batches),
         "padded_tokens": padded_tokens(batches, trainer.args.per_device_train_batch_size),
-        "without_response": partition.counts["without_response"],
-        "refused": partition.counts.get("refused", 0),
-        "cut": partition.counts["cut"],
+        **{name: partition.counts.get(name, 0) for name in ("without_response", "refused", "cut")},
         **peak(trainer.model.device),
         **worker.take_counts(),
-        **clock.seconds,
+        **seconds,
     }
 
 
 def evaluate_adapter(worker: Worker, adapter: Adapter, partition_id: int) -> Scores:
     """Scores of `adapter` on the rows that the client holds out, or on GLOBAL_SET; none if there are none."""
     adapters.set_adapter(worker.model, adapter)
-    asked, data = worker.config.evaluate, worker.held_out(partition_id)
-    tokens_at_once = worker.config.train.tokens_at_once
-    return score(worker.model, worker.tokenizer, data, tokens_at_once, asked.answers, asked.max_new_tokens)
+    asked, most = worker.config.evaluate, worker.config.train.tokens_at_once
+    data = worker.held_out(partition_id)
+    return score(worker.model, worker.tokenizer, data, most, asked.answers, asked.max_new_tokens)
 
 
-class Clock:
-    """Seconds by part of a client's round."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {"load_s": 0.0, "data_s": 0.0, "train_s": 0.0}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the seconds that this takes to a part of a client's round."""
+    start = time.perf_counter()
+    yield
+    seconds[part] += time.perf_counter() - start
 
 
 # --- Flower ---------------------------------------------------------------------------------------
@@ -283,9 +266,14 @@ def client_app(site: Site) -> ClientApp:
 
 
 def answer(name: str, site: Site, message: Message, context: Context) -> Message:
-    """Reply with what the handler returns, or with the traceback of what it raises."""
-    partition_id = int(context.node_config["partition-id"])
-    return replied(message, lambda: handle(name, site, message.content, partition_id))
+    """Reply with what the handler returns, or with what it raises: a line, or a traceback."""
+    try:
+        content = handle(name, site, message.content, int(context.node_config["partition-id"]))
+        return Message(content, reply_to=message)
+    except Exception as error:  # whatever it is, the server must learn of it
+        code, _, whole = failure_of(error)
+        log.error("%s", whole, exc_info=code == WORKER_DIED)
+        return Message(Error(code, whole), reply_to=message)
 
 
 def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> RecordDict:
@@ -297,9 +285,8 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
         reply = HANDLERS[name](site, content, partition_id)
     except RuntimeError as error:
         if is_unusable():
-            raise WorkerError(
-                f"its GPU failed ({first_sentence(error)}), and its worker process was replaced"
-            ) from error
+            failed = f"its GPU failed ({first_sentence(error)}), and its worker process was replaced"
+            raise WorkerError(failed) from error
         if not is_out_of_memory(error):
             raise
         with suppress(RuntimeError):  # the card may be too full for a context
@@ -314,7 +301,9 @@ def handle(name: str, site: Site, content: RecordDict, partition_id: int) -> Rec
 def describe(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
     """Who this client is: its partition, its number of rows, its device; and what it is still waiting for."""
     worker = resident_worker(site)
-    facts = ConfigRecord({"partition-id": partition_id, "device": device_name(site.config), "own-data": site.own_rows})
+    on_gpu = adapters.device_of(site.config.client_resources) == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}"
+    facts = ConfigRecord({"partition-id": partition_id, "device": device, "own-data": site.own_rows})
     try:
         worker.fetching.result(FETCHED_S if site.is_resident else None)  # else the download would end with the process
         facts["num-rows"] = len(worker.raw_rows(partition_id))
@@ -333,17 +322,14 @@ def initial(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
 
 def train(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
     config: Any = content["config"]
-    task = Task(
-        round_number=int(config["server-round"]),
-        learning_rate=float(config["learning-rate"]),
-        first_row=int(config["first-row"]),
-        proximal_mu=float(config.get("proximal-mu", 0.0)),
-    )
-    worker, form = resident_worker(site), site.config.transfer
+    number, rate, first = int(config["server-round"]), float(config["learning-rate"]), int(config["first-row"])
+    task = Task(number, rate, first, float(config.get("proximal-mu", 0.0)))
+    worker = resident_worker(site)
     received = received_adapter(worker, content)
     adapter, report = fine_tune(worker, received, partition_id, task)
-    arrays = to_record(transfer.encode(adapter, received, form))
-    return RecordDict({"arrays": arrays, "metrics": MetricRecord(report), "worker": worker_record()})
+    arrays = to_record(transfer.encode(adapter, received, site.config.transfer))
+    process = ConfigRecord({"process": f"{platform.node()}:{os.getpid()}"})
+    return RecordDict({"arrays": arrays, "metrics": MetricRecord(report), "worker": process})
 
 
 def evaluate(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
@@ -356,12 +342,7 @@ def evaluate(site: Site, content: RecordDict, partition_id: int) -> RecordDict:
     return RecordDict({"scores": sums, "metrics": MetricRecord(told)})
 
 
-HANDLERS: dict[str, Callable[[Site, RecordDict, int], RecordDict]] = {
-    "describe": describe,
-    "initial": initial,
-    "train": train,
-    "evaluate": evaluate,
-}
+HANDLERS = {handler.__name__: handler for handler in (describe, initial, train, evaluate)}
 
 
 def resident_worker(site: Site) -> Worker:
@@ -374,25 +355,11 @@ def resident_worker(site: Site) -> Worker:
     return _resident[key]
 
 
-def worker_record() -> ConfigRecord:
-    return ConfigRecord({"process": f"{platform.node()}:{os.getpid()}"})
-
-
-def device_name(config: RunConfig) -> str:
-    on_gpu = adapters.device_of(config.client_resources) == "cuda"
-    return torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}"
-
-
 def received_adapter(worker: Worker, content: RecordDict) -> Adapter:
-    record: Any = content["arrays"]
-    arrays = {name: array.numpy() for name, array in record.items()}
-    if worker.config.transfer == "fp32":
+    arrays, form = transfer.arrays_of(content.array_records["arrays"]), worker.config.transfer
+    if form == "fp32":
         return arrays
-    if content["config"]["initial-sha256"] != transfer.digest(worker.initial):
-        raise public(
-            ValueError(
-                f"transfer={worker.config.transfer}: this client makes another initial adapter than the server "
-                "(another version of peft or numpy, or another base model?); use transfer=fp32"
-            )
-        )
-    return transfer.decode(arrays, worker.initial, worker.config.transfer)
+    if content.config_records["config"]["initial-sha256"] != transfer.digest(worker.initial):
+        why = "(another version of peft or numpy, or another base model?); use transfer=fp32"
+        raise public(ValueError(f"transfer={form}: this client makes another initial adapter than the server {why}"))
+    return transfer.decode(arrays, worker.initial, form)

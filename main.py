@@ -33,7 +33,6 @@ from settings.schema import CONFIG_FOLDER, SettingsError
 from utils import leave_unusable_home, objective, quick_imports, send_nothing_home
 
 exit_codes: list[int] = []  # of the jobs of this command line
-last_words: list[str] = []  # of the job that was stopped
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="config")
@@ -57,13 +56,14 @@ def job(cfg: DictConfig) -> float:
             engine.check_machine(config)
             engine.begin(config)
         with quick_imports():  # of the model libraries, which take seconds: settings are checked first
-            from server.simulation import show_plan, simulate
+            from server.backend import simulate
+            from server.plan import show_plan
 
         return show_plan(config, folder) if config.dry_run else simulate(config, folder, overrides)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         rounds = runfolder.rounds_in(folder)
         where = f"after round {rounds[0]}" if rounds else "before a round was complete"
-        last_words.append(where + how_to_resume(folder))
+        stopped.add_note(where + how_to_resume(folder))
         raise
     except Exception as error:
         exit_codes.append(report(error))
@@ -108,7 +108,7 @@ def main() -> int:
         sys.argv[1:] = resumed_sweep(canonical(sys.argv[1:]))
         job()
     except KeyboardInterrupt as stopped:
-        print("stopped", *last_words, file=sys.stderr)
+        print("stopped", *getattr(stopped, "__notes__", ()), file=sys.stderr)
         return getattr(stopped, "exit_code", 130)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         return report(SettingsError(one_line(error)))

@@ -7,14 +7,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Protocol, cast
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
-from exchange.faults import SETTINGS_ERROR
+from exchange.faults import SETTINGS_ERROR, SILENT
 from exchange.folding import folded, unfolded
 from exchange.guard import MOST
 from exchange.pulling import pull
@@ -26,15 +27,13 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5  # of a SuperLink; each poll is a request that takes some of its processor
 SIMULATED_POLL_S = 0.01
 SIMULATED_ASKED = 64  # clients of a simulation that are asked who they are: until then the workers are ready
-SIMULATED_TTL_S = 1e9  # in a simulation a message never ends by the time of day, which may be set
+FOREVER_S = 1e9  # in a simulation a message never ends by the time of day, which may be set
 INTRODUCTION_S = 120.0  # a client that does not say within these who it is is set aside
 ASIDE_S = 300.0  # until a client that was set aside is asked again
 RIVAL_S = 60.0  # until one is whose place is taken: a node that was killed counts as there for about as long
 MOST_NAME, MOST_REASON = 60, 20_000  # characters
 UNANSWERED = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
-FINGERPRINTS = ("rows-fingerprint", "eval-fingerprint")
 EACH_ITS_OWN = "each needs its own --partition-id, which belongs to the key that took it first"
-PUT_BACK = "put them back, or start another run"
 
 
 class Progress(Protocol):
@@ -62,44 +61,38 @@ class Site:
     """Whether it wants the run's adapter at its end; None for a client that is told nothing of the end."""
 
 
+Sites = dict[int, Site]  # by partition id
+
+
 @dataclass
 class Question:
-    """Who a node is, as it was asked."""
+    """Who a node is, as it was asked, on the monotonic clock."""
 
     node: int
     asked: float
-    is_waited_for: bool = True
+    is_waited_for: bool
 
 
 class Clients:
     """Clients by partition id, because Flower's node ids are random in every run and new after every restart.
 
-    Sites are asked who they are. In a simulation that is known, and only the first are asked.
-
-    Args:
-        known: the sites of a run that is resumed.
-        most_bytes: of arrays in a reply; a larger one is not read.
+    Sites are asked who they are, `known` ones of a resumed run too. In a simulation that is known, and only the first
+    are asked. A reply with more than `most_bytes` of arrays is not read.
     """
 
     def __init__(
-        self,
-        grid: Grid,
-        timeout_s: float,
-        progress: Progress,
-        known: Mapping[int, Site] | None = None,
-        most_bytes: float = float("inf"),
+        self, grid: Grid, timeout_s: float, progress: Progress, known: Sites | None = None, most_bytes: float = inf
     ) -> None:
         self.grid, self.timeout_s, self.progress, self.most_bytes = grid, timeout_s, progress, most_bytes
-        self.poll_s, self.ttl_s = POLL_S, timeout_s
         self.nodes: dict[int, int] = {}  # partition id -> Flower's node id
-        self.introduction_s, self.aside_s = INTRODUCTION_S, ASIDE_S
         self.is_simulated = isinstance(grid, InMemoryGrid)
+        self.poll_s, self.ttl_s, self.introduction_s, self.aside_s = POLL_S, timeout_s, INTRODUCTION_S, ASIDE_S
         if self.is_simulated:  # its nodes are made in the order of their partitions, and answer when workers are ready
-            self.introduction_s = self.aside_s = float("inf")
-            self.poll_s, self.ttl_s = SIMULATED_POLL_S, SIMULATED_TTL_S
-            made = list(cast(Any, grid).state.nodes)
-            self.nodes = {partition: node for partition, node in enumerate(made) if partition >= SIMULATED_ASKED}
-        self.sites: dict[int, Site] = dict(known or {})  # by partition: who has it, here or not
+            self.poll_s, self.ttl_s = SIMULATED_POLL_S, FOREVER_S
+            self.introduction_s = self.aside_s = FOREVER_S
+            made = enumerate(cast(Any, grid).state.nodes)
+            self.nodes = {partition: node for partition, node in made if partition >= SIMULATED_ASKED}
+        self.sites: Sites = dict(known or {})  # by partition: who has it, here or not
         self.keys: dict[int, tuple[str, str]] = {}  # by node: SHA-256 of its public key, and its registered name
         self.started: dict[int, str] = {}  # by node: when it was started
         self.questions: dict[str, Question] = {}  # by message: who has not said yet who it is
@@ -110,11 +103,6 @@ class Clients:
         self.unusable: set[int] = set()  # nodes that were left out for good
         self.strict = True  # until the first round: what makes no sense ends the run
         self.traffic = dict.fromkeys(("bytes_down", "bytes_up"), 0)  # since it was last taken
-
-    @property
-    def silence(self) -> str:
-        """The fault of a client that did not answer."""
-        return f"no reply in {self.timeout_s:g}s"
 
     def take_traffic(self) -> dict[str, int]:
         """Bytes of all arrays that were sent and received since this was last asked."""
@@ -134,15 +122,14 @@ class Clients:
 
     # --- who is there ---
 
-    def wait_for(self, at_least: int, timeout_s: float = float("inf")) -> None:
+    def wait_for(self, at_least: int, timeout_s: float = inf) -> None:
         """Wait for `at_least` clients, ask those that are new who they are, and forget those that are gone.
 
         A client that was just asked has INTRODUCTION_S seconds; after that nobody waits for it.
 
         Raises:
             SettingsError: if a client cannot work with these settings, before the first round.
-            RunError: if a client cannot say who it is, or two say the same, before the first round; if there are
-                too few after `timeout_s` seconds.
+            RunError: if one cannot say who it is, or two say the same, before the first round; or too few are there.
         """
         said, deadline, loading = 0, time.monotonic() + timeout_s, dict[int, str]()
         while True:
@@ -150,8 +137,7 @@ class Clients:
             if self.loading and self.loading != loading:
                 loading, what = dict(self.loading), ", ".join(sorted(set(self.loading.values())))
                 self.progress.say(f"{len(loading)} of {at_least} clients are downloading {what}")
-            waiting = [question for question in self.questions.values() if question.is_waited_for]
-            if len(self.nodes) >= at_least and not waiting:
+            if len(self.nodes) >= at_least and not any(asked.is_waited_for for asked in self.questions.values()):
                 return
             if time.monotonic() > deadline:
                 raise RunError(f"{len(self.nodes)} of {at_least} clients (strategy.min_replies) came in {timeout_s:g}s")
@@ -168,8 +154,8 @@ class Clients:
         busy = {question.node for question in self.questions.values()} | self.unusable | set(self.nodes.values())
         for node in sorted(online - busy):
             if now >= self.aside.get(node, 0.0):
-                ttl_s = SIMULATED_TTL_S if self.is_simulated else ASIDE_S
-                for name in self.grid.push_messages([Message(RecordDict(), node, MessageType.QUERY, ttl=ttl_s)]):
+                ask = Message(RecordDict(), node, MessageType.QUERY, ttl=self.aside_s)
+                for name in self.grid.push_messages([ask]):
                     self.questions[name] = Question(node, now, node not in self.loading)
         for reply in pull(self.grid, list(self.questions), self.most_bytes) if self.questions else []:
             question = self.questions.pop(reply.metadata.reply_to_message_id)
@@ -177,20 +163,16 @@ class Clients:
         for question in self.questions.values():
             if question.is_waited_for and now - question.asked > self.introduction_s:
                 question.is_waited_for = False
-                who = self.label_of_node(question.node)
-                self.progress.warn(
-                    f"{who} does not say who it is for {self.introduction_s:g}s; nobody waits for it any more"
-                )
+                silent = f"{self.label_of_node(question.node)} does not say who it is for {self.introduction_s:g}s"
+                self.progress.warn(f"{silent}; nobody waits for it any more")
 
     def online(self) -> set[int]:
         """The nodes that are there. Of a SuperLink's, the keys are taken down that they are known by."""
         if self.is_simulated or not hasattr(self.grid, "get_nodes"):
             return set(self.grid.get_node_ids())
         nodes = list(self.grid.get_nodes())
-        self.keys = {
-            node.node_id: (hashlib.sha256(node.public_key).hexdigest(), one_line(node.name, MOST_NAME))
-            for node in nodes
-        }
+        keys = {node.node_id: hashlib.sha256(node.public_key).hexdigest() for node in nodes}
+        self.keys = {node.node_id: (keys[node.node_id], one_line(node.name, MOST_NAME)) for node in nodes}
         started = {node.node_id: str(node.last_activated_at) for node in nodes}
         again = {node for node in started if self.started.get(node, started[node]) != started[node]}
         self.started |= started
@@ -216,10 +198,9 @@ class Clients:
             self.loading[node] = one_line(loading, 200)
             return
         site = self.site_of(node, facts)
-        if not self.may_be(node, partition, site):
+        if not self.may_be(node, partition, site or Site()):
             return
-        self.nodes[partition] = node
-        self.num_rows[partition] = rows
+        self.nodes[partition], self.num_rows[partition] = node, rows
         self.own_data |= bool(facts.get("own-data", False))
         if site:
             self.sites[partition] = site
@@ -239,73 +220,68 @@ class Clients:
         if "wants-adapter" not in facts:
             return None
         key, name = self.keys.get(node, ("", ""))
-        said = {field: one_line(facts.get(field, ""), 100) for field in ("name", *FINGERPRINTS)}
         return Site(
-            name=name or said["name"][:MOST_NAME],
+            name=name or one_line(facts.get("name", ""), MOST_NAME),
             key=key if facts.get("lasting") is True else "",
             has_own_eval=facts.get("own-eval") is True,
-            rows=said["rows-fingerprint"],
-            eval_rows=said["eval-fingerprint"],
+            rows=one_line(facts.get("rows-fingerprint", ""), 100),
+            eval_rows=one_line(facts.get("eval-fingerprint", ""), 100),
             ends_with=facts["wants-adapter"] is True,
         )
 
-    def may_be(self, node: int, partition: int, site: Site | None) -> bool:
+    def may_be(self, node: int, partition: int, new: Site) -> bool:
         """Whether `node` may be client `partition`: nobody else is, and its rows are those that it began with."""
-        owner, new = self.sites.get(partition), site or Site()
-        me = self.label_of_node(node, new.name)
-        if owner and owner.key and owner.key != new.key:
-            self.refuse(node, f"{me} says that it is {self.label(partition)}; {EACH_ITS_OWN}")
-            return False
+        owner, me = self.sites.get(partition), self.label_of_node(node, new.name)
+        if owner and owner.key not in ("", new.key):
+            return self.refuse(node, f"{me} says that it is {self.label(partition)}; {EACH_ITS_OWN}")
         if partition in self.nodes:
             if self.strict:
                 raise RunError(f"two clients have partition {partition}, the other is {me}; {EACH_ITS_OWN}")
             self.aside[node] = time.monotonic() + RIVAL_S
             self.progress.warn(f"{me} says that it is {self.label(partition)}, which is here; {EACH_ITS_OWN}")
             return False
-        before = owner or Site()
-        for then, now, rows in (
-            (before.rows, new.rows, "its own rows"),
-            (before.eval_rows, new.eval_rows, "its rows of --eval"),
-        ):
-            if then and then != now:
-                self.refuse(
-                    node, f"{self.label(partition)}: {rows} are not those with which this run began; {PUT_BACK}"
-                )
-                return False
+        for kind, rows in (("rows", "its own rows"), ("eval_rows", "its rows of --eval")):
+            before = getattr(owner, kind, "")
+            if before not in ("", getattr(new, kind)):
+                changed = f"{self.label(partition)}: {rows} are not those with which this run began"
+                return self.refuse(node, f"{changed}; put them back, or start another run")
         return True
 
-    def refuse(self, node: int, reason: str) -> None:
-        """Leave `node` out from here on; before the first round that ends the run."""
+    def refuse(self, node: int, reason: str) -> bool:
+        """Leave `node` out from here on, and return False; before the first round that ends the run."""
         if self.strict:
             raise RunError(reason)
         self.unusable.add(node)
         log.error("%s", reason)
         self.progress.warn(last_line(reason))
+        return False
 
     # --- messages ---
 
     def exchange(self, messages: Iterable[Message], timeout_s: float | None = None) -> dict[int, Message]:
-        """Send `messages`; the replies that came in time, by node id.
+        """Send `messages`; what each client replies, by partition id: an error, if nothing came in time.
 
         A reply is known by the message that it answers: when a node is lost, the engine answers for it.
         """
-        sent: dict[str, int] = {}
-        sites, folds = {node for partition, node in self.nodes.items() if partition in self.sites}, dict[Any, Any]()
+        wait_s = self.timeout_s if timeout_s is None else timeout_s
+        partitions, folds = {node: partition for partition, node in self.nodes.items()}, dict[Any, Any]()
+        asked: dict[str, int] = {}  # by message: whom it went to, until the answer is there
+        replies: dict[int, Message] = {}
         for message in messages:
             self.traffic["bytes_down"] += array_bytes(message)
-            if message.metadata.dst_node_id in sites:
+            partition = partitions[message.metadata.dst_node_id]
+            replies[partition] = Message(Error(SILENT, f"no reply in {wait_s:g}s"), reply_to=message)
+            if partition in self.sites:
                 message.content = folded(message.content, folds)
-            sent |= dict.fromkeys(self.grid.push_messages([message]), message.metadata.dst_node_id)
-        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
-        replies: dict[int, Message] = {}
-        while len(replies) < len(sent) and time.monotonic() < deadline:
-            waiting = [name for name, node in sent.items() if node not in replies]
-            for reply in pull(self.grid, waiting, self.most_bytes):
-                replies[sent[reply.metadata.reply_to_message_id]] = cleaned(reply)
+            asked |= dict.fromkeys(self.grid.push_messages([message]), partition)
+        deadline = time.monotonic() + wait_s
+        while asked and time.monotonic() < deadline:
+            for reply in pull(self.grid, list(asked), self.most_bytes):
+                replies[asked.pop(reply.metadata.reply_to_message_id)] = cleaned(reply)
                 self.traffic["bytes_up"] += array_bytes(reply)
-            if len(replies) < len(sent):
+            if asked:
                 time.sleep(self.poll_s)
-        return replies
+        return dict(sorted(replies.items()))
 
     def with_own_eval(self) -> list[int]:
         """Clients that have rows of their own for `dataset.eval_name`, in a fixed order: these rows may differ."""

@@ -1,72 +1,41 @@
 """All arrays of a message as one: Flower sends each in requests of its own, which takes longer than their bytes do."""
 
-from math import prod
-from typing import Any, cast
+from collections import defaultdict
+from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
+from safetensors.numpy import load, save
 
-FOLDED, LAYOUT = "folded", "layout"
-KINDS = ("float32", "float16", "int8")
-
-
-Fold = tuple[ArrayRecord, ConfigRecord]
+FOLDED = "folded"
 
 
-def folded(content: RecordDict, known: dict[tuple[int, ...], Fold] | None = None) -> RecordDict:
-    """`content` with the bytes of all its arrays in one, and their names, types and shapes beside it.
+def folded(content: RecordDict, known: dict[tuple[int, ...], ArrayRecord] | None = None) -> RecordDict:
+    """`content` with all its arrays as the bytes of one safetensors file, which names each `record/array`.
 
-    Args:
-        known: what was folded before, by the ids of records that are still there; it is added to.
+    What was folded is added to `known`, by the ids of records, and taken from there while these live.
     """
-    records = content.array_records
+    records, known = content.array_records, {} if known is None else known
     if not records:
         return content
-    key = tuple(map(id, records.values()))
-    found = known.get(key) if known is not None else None
-    fold = found or fold_of(content)
-    if known is not None:
-        known[key] = fold
+    if (key := tuple(map(id, records.values()))) not in known:
+        arrays = {f"{kind}/{name}": array for kind, record in records.items() for name, array in record.items()}
+        whole = save({name: np.asarray(array.numpy(), order="C") for name, array in arrays.items()})
+        known[key] = ArrayRecord({"bytes": Array(np.frombuffer(whole, np.uint8))})
     others: dict[str, Any] = {name: record for name, record in content.items() if name not in records}
-    return RecordDict(others | {FOLDED: fold[0], LAYOUT: fold[1]})
-
-
-def fold_of(content: RecordDict) -> Fold:
-    records = content.array_records
-    places = [(key, name, array.numpy()) for key, record in records.items() for name, array in record.items()]
-    layout = {
-        "records": [key for key, _, _ in places],
-        "names": [name for _, name, _ in places],
-        "kinds": [value.dtype.name for _, _, value in places],
-        "shapes": [",".join(map(str, value.shape)) for _, _, value in places],
-    }
-    whole = np.frombuffer(b"".join(value.tobytes() for _, _, value in places), np.uint8)
-    return ArrayRecord({"bytes": Array(whole)}), ConfigRecord(cast(Any, layout))
+    return RecordDict(others | {FOLDED: known[key]})
 
 
 def unfolded(content: RecordDict) -> RecordDict:
-    """What `folded` was given; `content` itself if it is not folded.
+    """What `folded` was given, each record sorted by name; `content` itself if it is not folded.
 
-    Raises:
-        ValueError: if its layout does not fit its bytes.
+    Raises SafetensorError if the bytes are not what their header says.
     """
-    if FOLDED not in content.array_records or LAYOUT not in content.config_records:
+    if FOLDED not in content.array_records:
         return content
-    layout, whole = cast(Any, content[LAYOUT]), content.array_records[FOLDED]["bytes"].numpy()
-    records: dict[str, dict[str, Array]] = {}
-    position = 0
-    columns = [layout[name] for name in ("records", "names", "kinds", "shapes")]
-    for key, name, kind, shape in zip(*columns, strict=True):
-        if kind not in KINDS:
-            raise ValueError(f"folded arrays of {str(kind)[:20]}; {', '.join(KINDS)} are used here")
-        dimensions = tuple(int(text) for text in shape.split(",") if text)
-        size = prod(dimensions) * np.dtype(kind).itemsize
-        part = whole[position : position + size]
-        if min(dimensions, default=1) < 0 or len(part) != size:
-            raise ValueError("folded arrays are shorter than their layout says")
-        records.setdefault(key, {})[name] = Array(part.view(kind).reshape(dimensions))
-        position += size
-    if whole.dtype != np.uint8 or position != len(whole):
-        raise ValueError("folded arrays are longer than their layout says")
-    others: dict[str, Any] = {key: record for key, record in content.items() if key not in (FOLDED, LAYOUT)}
-    return RecordDict(others | {key: ArrayRecord(arrays) for key, arrays in records.items()})
+    records: dict[str, dict[str, Array]] = defaultdict(dict)
+    for name, array in sorted(load(content.array_records[FOLDED]["bytes"].numpy().tobytes()).items()):
+        record, _, inner = name.partition("/")
+        records[record][inner] = Array(array)
+    others: dict[str, Any] = {name: record for name, record in content.items() if name != FOLDED}
+    return RecordDict(others | {name: ArrayRecord(arrays) for name, arrays in records.items()})

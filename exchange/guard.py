@@ -19,11 +19,7 @@ MOST = 1e12  # of any number that a client reports
 
 
 def check_reply(reply: Message, shapes: Mapping[str, tuple[int, ...]], num_rows: float = np.inf) -> str | None:
-    """Why a training reply cannot be aggregated, or None if it can.
-
-    Args:
-        num_rows: how many rows the client said it has; it cannot have trained on more.
-    """
+    """Why a training reply cannot be aggregated, or None: nor can one of more rows than its client said it has."""
     fault = check_adapter(reply, shapes) or check_report(reply)
     if fault is None and (examples := metrics_of(reply)["num-examples"]) > num_rows:
         fault = f"num-examples={examples}, but it said that it has {num_rows} rows"
@@ -53,17 +49,13 @@ def check_adapter(reply: Message, shapes: Mapping[str, tuple[int, ...]]) -> str 
 
 def check_report(reply: Message) -> str | None:
     """Why the numbers in a reply cannot be used, or None: exactly REPORT, in range, a whole number of examples."""
-    if reply.has_error():
-        return str(reply.error.reason)
     reports = list(reply.content.metric_records.values())
     if len(reports) != 1 or set(reports[0]) != REPORT:
         return f"does not report exactly {', '.join(sorted(REPORT))}"
     for name, value in reports[0].items():
-        if not isinstance(value, int | float) or not 0 <= value <= MOST:  # nor NaN
+        is_usable = isinstance(value, int | float) and 0 <= value <= MOST  # nor NaN
+        if not is_usable or (name == "num-examples" and (value < 1 or value % 1)):
             return f"{name}={value} is no usable number"
-    examples: Any = reports[0]["num-examples"]
-    if examples < 1 or examples != int(examples):
-        return f"num-examples={examples} is no usable number"
     worker = reply.content.config_records.get("worker")
     if worker is None or not isinstance(worker.get("process"), str):
         return "does not say which process answered"
@@ -71,11 +63,7 @@ def check_report(reply: Message) -> str | None:
 
 
 def check_scores(reply: Message, least: float = 0, most: float = MOST) -> str | None:
-    """Why the scores in an evaluation's reply cannot be used, or None: plausible sums by category.
-
-    Args:
-        least, most: tokens that they can be of.
-    """
+    """Why scores cannot be used, or None: plausible sums by category, of `least` to `most` tokens together."""
     if reply.has_error():
         return str(reply.error.reason)
     scores = reply.content.metric_records.get("scores")
@@ -95,9 +83,7 @@ def check_scores(reply: Message, least: float = 0, most: float = MOST) -> str | 
 
 def tokens_of(reply: Message) -> float:
     """Tokens that scores are of."""
-    return sum(
-        cast(list[float], sums)[FIELDS.index("tokens")] for sums in reply.content.metric_records["scores"].values()
-    )
+    return float(sum(row[FIELDS.index("tokens")] for row in scores_of([reply]).values()))
 
 
 def scores_of(replies: Sequence[Message]) -> Scores:
@@ -120,22 +106,16 @@ def update_norm(reply: Message, sent: Adapter) -> float:
 def outliers(norms: Mapping[int, float], earlier: Sequence[float], most: float | None) -> dict[int, str]:
     """Why the updates of some clients are too large: their norm is above `most` times the median.
 
-    Of an even number of updates the lower middle one counts as the median; updates of nothing do not count.
-
-    Args:
-        norms: of this round's updates, by client.
-        earlier: of the good updates of some rounds before, so that a few clients cannot decide what is ordinary.
+    Those of good updates of `earlier` rounds count for it too, so that a few clients cannot decide what is ordinary. Of
+    an even number of updates the lower middle one is the median; updates of nothing do not count.
     """
     known = [norm for norm in (*norms.values(), *earlier) if norm]
     if most is None or not known:
         return {}
     median = statistics.median_low(known)
-    return {
-        partition: f"its update has a norm of {norm:.3g}, above strategy.max_norm_ratio={most:g} times the median of "
-        f"{median:.3g}"
-        for partition, norm in norms.items()
-        if norm > most * median
-    }
+    limit = f"above strategy.max_norm_ratio={most:g} times the median of {median:.3g}"
+    large = {partition: norm for partition, norm in norms.items() if norm > most * median}
+    return {partition: f"its update has a norm of {norm:.3g}, {limit}" for partition, norm in large.items()}
 
 
 def metrics_of(reply: Message) -> Mapping[str, Any]:

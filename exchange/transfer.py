@@ -1,8 +1,7 @@
 """How an adapter travels: whole, in float32; or as its difference from what the other side has, in less.
 
-The server sends differences from the initial adapter, which every client can make itself; a client answers with
-the difference from what it received. Only differences are ever rounded, and the server adds them to its own
-exact adapter. Whatever arrives is decoded to float32 before it is checked.
+The server sends differences from the initial adapter, which every client can make itself; a client answers with the
+difference from what it received. Only differences are ever rounded, and the server adds them to its own exact adapter.
 """
 
 import functools
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
+from safetensors.numpy import save
 
 from model import Adapter
 
@@ -21,13 +21,11 @@ FORMS: dict[str, tuple[Any, float]] = {"fp16": (np.float16, 1), "int8": (np.int8
 
 
 def encode(adapter: Adapter, known: Adapter, form: str) -> dict[str, np.ndarray]:
-    """The arrays that travel for `adapter`, by name, sorted.
+    """The arrays that travel for `adapter`, by name, sorted; the receiver adds differences to what is `known` to it.
 
-    Args:
-        known: the adapter that the receiver adds the difference to; same names and shapes.
-        form: `fp32` sends `adapter` as it is. `fp16` and `int8` send one vector with all differences, in the
-            order of their names, over a scale for each row of the smaller dimension of a tensor (a LoRA rank), so
-            that its largest entry is 1 or 127.
+    `fp32` sends `adapter` as it is. `fp16` and `int8` send one vector with all differences, in the order of their
+    names, over a scale for each row of the smaller dimension of a tensor (a LoRA rank), so that its largest entry is 1
+    or 127.
     """
     if form == "fp32":
         return {name: np.ascontiguousarray(adapter[name]) for name in sorted(adapter)}
@@ -35,7 +33,8 @@ def encode(adapter: Adapter, known: Adapter, form: str) -> dict[str, np.ndarray]
     scales, values = [], []
     for name in sorted(adapter):
         difference = adapter[name] - known[name]
-        scale = scale_of(difference, largest)
+        axes = tuple(axis for axis, count in enumerate(scale_shape(difference.shape)) if count == 1)
+        scale = (np.abs(difference).max(axis=axes, keepdims=True) / largest).astype(np.float32)
         value = np.clip(difference / np.where(scale > 0, scale, 1), -largest, largest)
         scales.append(scale.ravel())
         values.append((np.rint(value) if form == "int8" else value).astype(kind).ravel())
@@ -48,18 +47,10 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(count if axis == smaller else 1 for axis, count in enumerate(shape))
 
 
-def scale_of(difference: np.ndarray, largest: float) -> np.ndarray:
-    """What each row is divided by, so that none of its entries is above `largest`."""
-    axes = tuple(axis for axis, count in enumerate(scale_shape(difference.shape)) if count == 1)
-    scale: np.ndarray = np.abs(difference).max(axis=axes, keepdims=True) / largest
-    return scale.astype(np.float32)
-
-
 def decode(arrays: Mapping[str, np.ndarray], known: Adapter, form: str) -> Adapter:
     """The adapter that `encode` was given, as far as `form` kept it.
 
-    Raises:
-        ValueError: if `arrays` are not what `encode` makes for an adapter like `known`.
+    Raises ValueError if `arrays` are not what `encode` makes for an adapter like `known`.
     """
     if form == "fp32":
         return dict(arrays)
@@ -72,13 +63,12 @@ def decode(arrays: Mapping[str, np.ndarray], known: Adapter, form: str) -> Adapt
     for name, (kind, size) in wanted.items():
         if arrays[name].dtype != kind or arrays[name].shape != (size,):
             raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}, not {np.dtype(kind)} ({size},)")
-    adapter, position, row = {}, 0, 0
+    adapter, values, scales = {}, arrays["values"], arrays["scales"]
     for name, value in sorted(known.items()):
-        difference = arrays["values"][position : position + value.size].reshape(value.shape).astype(np.float32)
-        position += value.size
         shape = scale_shape(value.shape)
-        adapter[name] = value + difference * arrays["scales"][row : row + prod(shape)].reshape(shape)
-        row += prod(shape)
+        difference, values = values[: value.size], values[value.size :]
+        scale, scales = scales[: prod(shape)], scales[prod(shape) :]
+        adapter[name] = value + difference.reshape(value.shape).astype(np.float32) * scale.reshape(shape)
     return adapter
 
 
@@ -93,16 +83,17 @@ def payload_bytes(shapes: Mapping[str, tuple[int, ...]], form: str) -> int:
 
 def digest(adapter: Adapter) -> str:
     """SHA-256 of all names and values: whether two sides hold the same adapter."""
-    hashed = hashlib.sha256()
-    for name in sorted(adapter):
-        hashed.update(name.encode())
-        hashed.update(adapter[name].tobytes())
-    return hashed.hexdigest()
+    return hashlib.sha256(save(adapter)).hexdigest()
 
 
 def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     """Arrays as a Flower record, sorted by name: some strategies align them by position."""
     return ArrayRecord({name: Array(arrays[name]) for name in sorted(arrays)})
+
+
+def arrays_of(record: ArrayRecord) -> dict[str, np.ndarray]:
+    """What `to_record` was given."""
+    return {name: array.numpy() for name, array in record.items()}
 
 
 class Codec:
@@ -119,21 +110,15 @@ class Codec:
 
     def pack(self, arrays: ArrayRecord) -> tuple[ArrayRecord, Adapter]:
         """A strategy's adapter in the form in which it travels, and itself."""
-        adapter = {name: array.numpy() for name, array in arrays.items()}
-        if self.form == "fp32":
-            return arrays, adapter
-        return to_record(encode(adapter, self.initial, self.form)), adapter
+        adapter = arrays_of(arrays)
+        return (arrays if self.form == "fp32" else to_record(encode(adapter, self.initial, self.form))), adapter
 
     def unpack(self, partition: int, reply: Message) -> Message:
         """`reply` with its adapter in float32; a reply without a usable one stays as it is, for the guard.
 
-        Raises:
-            ValueError: if it holds no difference from the adapter that was sent.
+        Raises ValueError if it holds no difference from the adapter that was sent.
         """
-        records = list(reply.content.array_records.values()) if reply.has_content() else []
-        if self.form == "fp32" or len(records) != 1:
-            return reply
-        arrays = {name: array.numpy() for name, array in records[0].items()}
-        adapter = decode(arrays, self.sent[partition], self.form)
-        reply.content.array_records[next(iter(reply.content.array_records))] = to_record(adapter)
+        if self.form != "fp32" and reply.has_content() and len(records := reply.content.array_records) == 1:
+            [(name, record)] = records.items()
+            records[name] = to_record(decode(arrays_of(record), self.sent[partition], self.form))
         return reply

@@ -1,16 +1,18 @@
-"""Flower's Ray backend with what this suite promises of workers: one that dies or is late is replaced at once, its
-message is answered with an error, and none outlives the run.
+"""One simulated run on Flower's Ray backend, with what this suite promises of workers: one that dies or is late is
+replaced at once, its message is answered with an error, and none outlives the run.
 """
 
 import dataclasses
 import functools
 import logging
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from queue import Queue
 from typing import Any
 from unittest.mock import patch
@@ -25,17 +27,47 @@ from flwr.simulation import run_simulation
 from flwr.simulation.ray_transport.ray_actor import ClientAppActor
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+import model
 from client import Site, client_app
 from exchange.faults import WORKER_DIED
-from runs import stopping
-from server import engine
+from runs import runfolder, stopping
+from server import engine, plan
+from server.play import play
 from server.worker import set_up
 from settings.schema import RunConfig, RunError, SettingsError
-from utils import shortened
+from utils import local_path, objective, quiet_libraries, shortened
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.01  # between two looks for new messages
+TOKEN_CACHE = ".tokens"
+
+
+def simulate(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> float:
+    """Check that the run can work, run or resume it; returns what a sweeper minimises.
+
+    Raises SettingsError before the first round, if it cannot work, and RunError if a round fails.
+    """
+    quiet_libraries()
+    plan.check_names(config)
+    with runfolder.claimed(folder, config, overrides) as resumes, token_cache(folder) as cache:
+        checked = None if local_path(config.model.name) else plan.check_inputs(config)  # before weights are downloaded
+        model.base_folder(config.model, weights=not config.ray.address)  # a cluster's machines download it themselves
+        with simulated_grid(Site(config, False, cache, folder / "main.log")) as grid:
+            inputs = checked or plan.check_inputs(config)  # while the workers load the base model
+            runfolder.check_data(folder, inputs.data)
+            return objective(play(grid, config, folder, inputs, resumes=resumes))
+
+
+@contextmanager
+def token_cache(folder: Path) -> Iterator[Path]:
+    """A folder in which the workers share tokenized partitions, new and for this run only."""
+    cache = folder / TOKEN_CACHE
+    shutil.rmtree(cache, ignore_errors=True)  # of a process that was killed
+    try:
+        yield cache
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 class ResidentBackend(raybackend.RayBackend):
@@ -46,10 +78,9 @@ class ResidentBackend(raybackend.RayBackend):
     """
 
     def __init__(self, site: Site) -> None:
-        config, self.wanted = site.config, site.config.client_resources
-        super().__init__({"client_resources": dataclasses.asdict(self.wanted)})
+        self.config, self.timeout_s = site.config, site.config.sampling.round_timeout_s
+        super().__init__({"client_resources": dataclasses.asdict(site.config.client_resources)})
         self.actor_kwargs = {"on_actor_init_fn": functools.partial(set_up, site)}
-        self.most_workers, self.timeout_s = engine.most_workers(config), config.sampling.round_timeout_s
         self.idle: list[Any] = []
         self.all: set[Any] = set()
         self.deadlines: dict[str, float] = {}  # by message id, on the monotonic clock
@@ -65,15 +96,13 @@ class ResidentBackend(raybackend.RayBackend):
 
     def build(self, app_fn: Callable[[], ClientApp]) -> None:
         """Start the workers. Raises SettingsError if no machine of a cluster has room for one."""
-        self.app_fn, wanted = app_fn, self.wanted
+        self.app_fn, wanted = app_fn, self.config.client_resources
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room = sum(engine.room_on(node, wanted) for node in nodes)
         if not room:
-            raise SettingsError(
-                f"client_resources.num_cpus={wanted.num_cpus}, num_gpus={wanted.num_gpus:g}: no machine of the Ray "
-                "cluster has them; ask for less"
-            )
-        count = min(room, self.most_workers)
+            asked = f"client_resources.num_cpus={wanted.num_cpus}, num_gpus={wanted.num_gpus:g}"
+            raise SettingsError(f"{asked}: no machine of the Ray cluster has them; ask for less")
+        count = min(room, engine.most_workers(self.config))
         self.client_resources["num_gpus"] = engine.spread(nodes, wanted, count)
         for _ in range(count):
             self.add_worker()
@@ -147,9 +176,7 @@ def simulated_grid(site: Site) -> Iterator[Grid]:
     Flower's engine runs in a thread; its ServerApp hands the Grid over to this one and waits, so that signals,
     exceptions and exit codes stay here. No worker is left afterwards; Ray itself is, until `engine.end`.
 
-    Raises:
-        SettingsError: if `ray.address` is not a cluster's.
-        RunError: if Ray or Flower's engine does not start.
+    Raises SettingsError if `ray.address` is not a cluster's, and RunError if Ray or Flower's engine does not start.
     """
     config, ready = site.config, engine.begin(site.config).ready
     backend, started, finished = ResidentBackend(site), Future[Grid](), threading.Event()

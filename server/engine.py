@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import tempfile
@@ -20,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -38,10 +38,9 @@ GPUS_BY_RAY = {  # by Ray, which may leave it to the environment
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker without a GPU sees none
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0",  # one with a GPU sees no other
 }
-ENVIRONMENT = {
+ENVIRONMENT = GPUS_BY_RAY | {
     "RAY_worker_niceness": "0",  # workers are as important as anything else
     "RAY_memory_monitor_refresh_ms": "0",  # it would end workers when others fill the machine
-    **GPUS_BY_RAY,
 }
 FOR_THIS_MACHINE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # how long Ray outlives a driver that was killed
 
@@ -49,7 +48,7 @@ FOR_THIS_MACHINE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # how long R
 # --- the machine ----------------------------------------------------------------------------------
 
 
-def here(resources: ClientResources) -> dict[str, float]:
+def here(resources: ClientResources) -> dict[str, int]:
     """What this machine has for workers, as Ray counts it."""
     return {"CPU": os.cpu_count() or 1, "GPU": len(gpus.ids()) if resources.num_gpus else 0}
 
@@ -57,9 +56,7 @@ def here(resources: ClientResources) -> dict[str, float]:
 def room_on(node: Mapping[str, float], wanted: ClientResources) -> int:
     """Workers that a machine has room for; one that takes a part of a GPU shares it with others of such parts."""
     room = node.get("CPU", 0.0) // wanted.num_cpus
-    if not wanted.num_gpus:
-        return int(room)
-    return int(min(room, node.get("GPU", 0.0) * sharers(wanted)))
+    return int(min(room, node.get("GPU", 0.0) * sharers(wanted)) if wanted.num_gpus else room)
 
 
 def sharers(wanted: ClientResources) -> int:
@@ -88,7 +85,7 @@ def idle_gpus(config: RunConfig) -> str | None:
     if config.ray.address or not wanted.num_gpus:
         return None
     machine = here(wanted)
-    cpus, num_gpus, room = int(machine["CPU"]), int(machine["GPU"]), room_on(machine, wanted)
+    cpus, num_gpus, room = machine["CPU"], machine["GPU"], room_on(machine, wanted)
     needed = min(num_gpus, most_workers(config))
     if room >= needed:
         return None
@@ -103,25 +100,17 @@ def check_machine(config: RunConfig) -> None:
     wanted = config.client_resources
     if config.ray.address:
         return
-    there = here(wanted)
-    cpus, num_gpus = int(there["CPU"]), int(there["GPU"])
+    machine, key = here(wanted), "client_resources"
     wrong: list[tuple[str, str, str]] = []  # what was asked for, what there is, what to set
-    if wanted.num_cpus > cpus:
-        wrong.append((f"client_resources.num_cpus={wanted.num_cpus}", f"{cpus} CPU cores", f"num_cpus={cpus}"))
-    if wanted.num_gpus and not num_gpus:
-        how = "num_gpus=0 (to train on the CPU)"
-        wrong.append((f"client_resources.num_gpus={wanted.num_gpus:g}", f"no GPU{told_to_see()}", how))
+    if wanted.num_cpus > (cpus := machine["CPU"]):
+        wrong.append((f"{key}.num_cpus={wanted.num_cpus}", f"{cpus} CPU cores", f"{key}.num_cpus={cpus}"))
+    if wanted.num_gpus and not machine["GPU"]:
+        hidden = "" if (text := gpus.given()) is None else f" that CUDA_VISIBLE_DEVICES={text} lets it see"
+        how = f"{key}.num_gpus=0 (to train on the CPU)"
+        wrong.append((f"{key}.num_gpus={wanted.num_gpus:g}", f"no GPU{hidden}", how))
     if wrong:
-        asked, has, instead_of_them = zip(*wrong, strict=True)
-        raise SettingsError(
-            f"{', '.join(asked)}: this machine has {' and '.join(has)}; set "
-            f"{' '.join(f'client_resources.{setting}' for setting in instead_of_them)}"
-        )
-
-
-def told_to_see() -> str:
-    """That the environment hides GPUs, if it may be the reason why there are none."""
-    return "" if (text := gpus.given()) is None else f" that CUDA_VISIBLE_DEVICES={text} lets it see"
+        asked, has, better = zip(*wrong, strict=True)
+        raise SettingsError(f"{', '.join(asked)}: this machine has {' and '.join(has)}; set {' '.join(better)}")
 
 
 def most_workers(config: RunConfig) -> int:
@@ -142,50 +131,39 @@ class RayThread(threading.Thread):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(name="ray", daemon=True)
         self.address, self.resources = config.ray.address, config.client_resources
-        self.room = {} if self.address else here(self.resources)
-        self.gpus = gpus.ids() if self.room.get("GPU") else []
-        self.count = 0 if self.address else min(room_on(self.room, self.resources), most_workers(config))
+        room = {} if self.address else here(self.resources)
+        self.gpus = gpus.ids() if room.get("GPU") else []
+        self.count = min(room_on(room, self.resources), most_workers(config))
         self.ready: Future[None] = Future()
         self.closing = threading.Event()
 
     def run(self) -> None:
-        folder = None
         try:
             import ray
 
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: they are the driver's business
             warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")  # about a part of GPUS_BY_RAY
             unused: Any = dict.fromkeys(UNUSED, lambda *_, **__: None)
-            folder = tempfile.mkdtemp(prefix="flowertune-", dir=short_folder())
-            with signals_kept(), seeing(self.gpus), patch.multiple(ray._private.node.Node, **unused):
-                ray.init(**(self.joining() if self.address else self.starting(folder)))
-            self.ready.set_result(None)
-            with patch.object(ray._private.worker, "print_to_stdstream", to_log):  # else it speaks to the terminal
-                self.closing.wait()
-            ray.shutdown()
+            with TemporaryDirectory(prefix="flowertune-", dir=short_folder(), ignore_cleanup_errors=True) as folder:
+                with signals_kept(), seeing(self.gpus), patch.multiple(ray._private.node.Node, **unused):
+                    arguments = self.joining() if self.address else self.starting(folder)
+                    ray.init(logging_level=logging.ERROR, log_to_driver=False, **arguments)
+                self.ready.set_result(None)
+                with patch.object(ray._private.worker, "print_to_stdstream", to_log):  # else it speaks to the terminal
+                    self.closing.wait()
+                ray.shutdown()
         except BaseException as error:  # whoever waits must learn of it
             if self.ready.done():
                 log.exception("Ray")
             else:
                 self.ready.set_exception(error)
-        finally:
-            if folder:
-                shutil.rmtree(folder, ignore_errors=True)
 
     def starting(self, folder: str) -> dict[str, Any]:
         """Arguments of `ray.init` for this machine."""
-        wanted = self.resources
         # not with GPUs: importing that module looks for them, and Ray only says later which one is a process's
-        preload = {} if wanted.num_gpus else {"preload_python_modules": ["server.worker"]}
-        return {
-            "num_cpus": self.count * wanted.num_cpus,
-            "num_gpus": len(self.gpus),
-            "include_dashboard": False,
-            "logging_level": logging.ERROR,
-            "log_to_driver": False,
-            "_temp_dir": folder,
-            "_system_config": preload,
-        }
+        preload = {} if self.resources.num_gpus else {"preload_python_modules": ["server.worker"]}
+        room = {"num_cpus": self.count * self.resources.num_cpus, "num_gpus": len(self.gpus)}
+        return room | {"include_dashboard": False, "_temp_dir": folder, "_system_config": preload}
 
     def joining(self) -> dict[str, Any]:
         """Arguments of `ray.init` for a cluster. Raises SettingsError if none answers: Ray would try for minutes."""
@@ -193,17 +171,10 @@ class RayThread(threading.Thread):
             if host_port := re.fullmatch(r"(?:ray://)?(.+):(\d+)", str(self.address)):
                 socket.create_connection((host_port[1], int(host_port[2])), timeout=5).close()
         except OSError as error:
-            raise SettingsError(
-                f"ray.address={self.address}: no Ray cluster answers; start one with `ray start --head`"
-            ) from error
-        code = {"PYTHONPATH": str(SUITE_FOLDER)} | GPUS_BY_RAY
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-        return quiet | {"address": self.address, "runtime_env": {"env_vars": code}}
-
-    def close(self) -> None:
-        """End Ray; its last processes leave within seconds."""
-        self.closing.set()
-        self.join(LEAVE_S)  # it is a daemon: where Ray still starts, it ends with this process
+            nobody = f"ray.address={self.address}: no Ray cluster answers; start one with `ray start --head`"
+            raise SettingsError(nobody) from error
+        environment = {"PYTHONPATH": str(SUITE_FOLDER)} | GPUS_BY_RAY
+        return {"address": self.address, "runtime_env": {"env_vars": environment}}
 
 
 @contextmanager
@@ -232,9 +203,9 @@ _ray: list[RayThread] = []  # at most one in a process
 def begin(config: RunConfig) -> RayThread:
     """Start or join Ray, unless an earlier job of this process did; returns at once. `end` ends it."""
     new = RayThread(config)
-    same = [old for old in _ray if (old.address, old.resources, old.count) == (new.address, new.resources, new.count)]
-    if same and same[0].is_alive():
-        return same[0]
+    for old in _ray:
+        if old.is_alive() and (old.address, old.resources, old.count) == (new.address, new.resources, new.count):
+            return old
     end()
     os.environ.update(ENVIRONMENT if new.address else ENVIRONMENT | FOR_THIS_MACHINE)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUITE_FOLDER), os.environ.get("PYTHONPATH")]))
@@ -244,9 +215,10 @@ def begin(config: RunConfig) -> RayThread:
 
 
 def end() -> None:
-    """End the Ray that `begin` started."""
+    """End the Ray that `begin` started; its last processes leave within seconds."""
     while _ray:
-        _ray.pop().close()
+        _ray[-1].closing.set()
+        _ray.pop().join(LEAVE_S)  # it is a daemon: where Ray still starts, it ends with this process
 
 
 def short_folder() -> str | None:

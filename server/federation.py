@@ -1,51 +1,35 @@
 """The server's side of a round: sample clients, check replies, aggregate, evaluate, record.
 
-The round loop is ours and the arithmetic is Flower's: a strategy's `configure_train` and
-`aggregate_train` are called as Flower's own loop calls them, but which clients take part is drawn
-from (seed, round) by partition id, because Flower's node ids are random in every run.
+The round loop is ours and the arithmetic is Flower's: a strategy's `configure_train` and `aggregate_train` are called
+as Flower's own loop calls them, but which clients take part is drawn from (seed, round) by partition id.
 """
 
 import logging
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 import model as adapters
-from exchange import transfer
+from exchange import guard, transfer
 from exchange.clients import Clients, Progress, last_line
 from exchange.faults import SETTINGS_ERROR
-from exchange.guard import (
-    MEMORY,
-    MOST,
-    PARTS,
-    TOTALS,
-    check_adapter,
-    check_reply,
-    check_scores,
-    metrics_of,
-    outliers,
-    process_of,
-    scores_of,
-    tokens_of,
-    update_norm,
-)
+from exchange.guard import metrics_of, process_of
 from exchange.scores import Scores, figures
-from exchange.transfer import Codec, to_record
+from exchange.transfer import Codec, arrays_of, to_record
 from model import Adapter
 from runs import checkpoint
 from runs.checkpoint import State
 from runs.record import Record
 from server import sites
-from server.handover import hand_over
-from server.limits import Budget, BudgetSpent, no_better
-from server.sampling import choose, num_training
-from server.strategies import ShownNodes, aggregate, make_strategy
+from server.sampling import Budget, BudgetSpent, choose, no_better, num_training
+from server.strategies import aggregate, make_strategy
 from settings.schema import RunConfig, RunError, SettingsError, check_budget, share_of
 from utils import cosine_learning_rate, peak_resident_bytes
 
@@ -56,14 +40,12 @@ NORM_ROUNDS = 5  # rounds whose updates say what size is ordinary
 
 @dataclass(frozen=True)
 class Trained:
-    """What a round's training gave, by partition id."""
+    """What a round's training gave, by partition id: replies that count, their adapters in float32, with the sizes of
+    their updates; who is left out, and why."""
 
     good: Mapping[int, Message] = field(default_factory=dict)
-    """Replies that count, their adapters in float32."""
     norms: Mapping[int, float] = field(default_factory=dict)
-    """Sizes of their updates."""
     dropped: Mapping[int, str] = field(default_factory=dict)
-    """Clients that are left out, and why."""
     retries: int = 0
 
     @property
@@ -74,15 +56,8 @@ class Trained:
 class Federation:
     """One run, from asking the clients who they are to the last checkpoint."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: Path,
-        template: str,
-        progress: Progress,
-        facts: Mapping[str, Any] | None = None,  # more for results.json
-    ) -> None:
-        self.config, self.progress, self.facts = config, progress, facts or {}
+    def __init__(self, config: RunConfig, folder: Path, template: str, progress: Progress) -> None:
+        self.config, self.progress = config, progress
         self.strategy = make_strategy(config)
         lora, self.shapes = adapters.adapter_plan(config.model, adapters.read_config(config.model))
         initial = adapters.initial_adapter(self.shapes, lora, config.seed)
@@ -97,15 +72,14 @@ class Federation:
         self.global_tokens: float | None = None  # of dataset.eval_name, by the first who counted them
 
     def restore(self) -> None:
-        """Resume from the newest whole checkpoint in the run's folder. Raises as `Record.restore`."""
+        """Resume from the newest whole checkpoint. Raises as `Record.restore`."""
         self.record.restore(self.strategy, self.shapes)
         self.progress.resumed(self.record.saved)
 
-    def run(self, grid: Grid) -> dict[str, Any]:
-        """All rounds that are left; returns the summary that results.json holds.
+    def run(self, grid: Grid, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """All rounds that are left; returns the summary that results.json holds, with `facts`.
 
-        However it ends, the last whole round has a checkpoint. It ends early when held-out rows say that it no longer
-        improves (`train.early_stop_rounds`), or when the next round would cost too much (`strategy.max_bytes`).
+        However it ends, the last whole round has a checkpoint.
 
         Raises:
             SettingsError: if what the clients say has to be changed.
@@ -120,15 +94,8 @@ class Federation:
             self.clients.strict = False
             self.complete_adapter()
             waited_s = time.perf_counter() - started
-            try:
-                ended = self.play_rounds()
-            except BudgetSpent as spent:
-                if not record.state.round_number:
-                    raise RunError(str(spent)) from spent
-                ended = str(spent)
-                record.charge(self.clients.take_traffic())
-            summary = record.finish({"ended": ended, **self.facts}, waited_s)
-            hand_over(self.clients, record, summary, self.config.sampling.final_wait_s)
+            summary = record.finish({"ended": self.play_rounds(), **(facts or {})}, waited_s)
+            sites.hand_over(self.clients, record, summary, self.config.sampling.final_wait_s)
             return summary
         except BaseException:
             record.keep_last_round()
@@ -145,13 +112,12 @@ class Federation:
         if set(known) == set(self.shapes):
             return
         ask = Message(RecordDict(), self.clients.nodes[min(self.clients.nodes)], f"{MessageType.QUERY}.initial_adapter")
-        replies = list(self.clients.exchange([ask]).values())
-        raise_shared_refusal(replies, 1)
-        fault = check_adapter(replies[0], self.shapes) if replies else self.clients.silence
-        if fault:
+        [reply] = self.clients.exchange([ask]).values()
+        raise_shared_refusal([reply])
+        if fault := guard.check_adapter(reply, self.shapes):
             raise RunError(f"no initial adapter: {fault}")
-        received: Any = replies[0].content["arrays"]
-        self.codec.initial = dict(sorted(({name: received[name].numpy() for name in self.shapes} | known).items()))
+        [received] = reply.content.array_records.values()
+        self.codec.initial = dict(sorted((arrays_of(received) | known).items()))
         if not self.record.state.round_number:
             self.record.start(self.codec.initial)
         else:
@@ -164,26 +130,30 @@ class Federation:
         while (number := record.state.round_number) < last:
             if ended := no_better(self.config, number, record.metrics):
                 return ended
-            self.play_round(number + 1, before if number == 0 else {})
+            try:
+                self.play_round(number + 1, before if number == 0 else {})
+            except BudgetSpent as spent:
+                if not number:
+                    raise RunError(str(spent)) from spent
+                record.charge(self.clients.take_traffic())
+                return str(spent)
         return None
 
     def play_round(self, round_number: int, before: Mapping[str, Any]) -> None:
         """Sample, train, check, aggregate, evaluate, record.
 
-        Args:
-            before: what the held-out rows said before the first round, to be recorded with it.
+        `before` is what held-out rows said before the first round, to be recorded with it.
         """
-        start, train, state = time.perf_counter(), self.config.train, self.record.state
-        learning_rate = cosine_learning_rate(
-            round_number, self.config.num_rounds, train.learning_rate_max, train.learning_rate_min
-        )
+        start, train, state, last = time.perf_counter(), self.config.train, self.record.state, self.config.num_rounds
+        learning_rate = cosine_learning_rate(round_number, last, train.learning_rate_max, train.learning_rate_min)
         trained = self.collect(round_number, learning_rate)
         aggregating = time.perf_counter()
-        adapter = aggregate(self.strategy, round_number, trained.replies, self.shapes)
+        adapter = aggregate(self.strategy, round_number, trained.replies, state.adapter)
         aggregated = time.perf_counter()
         for partition, what in rows_left_out(trained, state.rows_seen):
             self.progress.warn(f"{self.clients.label(partition)}: {what}")
-        rows_seen = positions_after(state.rows_seen, trained.good)
+        used = {p: state.rows_seen.get(p, 0) + int(metrics_of(reply)["rows"]) for p, reply in trained.replies}
+        rows_seen = {**state.rows_seen, **used}
         line: dict[str, Any] = {"round": round_number, "learning_rate": learning_rate}
         line |= account(trained.replies, rows_seen)
         line |= {"dropped": trained.dropped, "retries": trained.retries, "update_norms": trained.norms}
@@ -217,31 +187,27 @@ class Federation:
             adapter, settings = self.record.state.adapter, {"learning-rate": learning_rate}
             replies = self.clients.exchange(self.messages("train", round_number, chosen, adapter, **settings))
             if not trial:
-                raise_shared_refusal(replies.values(), len(chosen))
-            trained = replace(self.accept(round_number, chosen, replies, trained), retries=trial)
+                raise_shared_refusal(replies.values())
+            trained = replace(self.accept(round_number, replies, trained), retries=trial)
             if len(trained.good) >= sampling.min_replies:
                 return trained
             if trial < sampling.round_retries:
-                self.progress.warn(
-                    f"round {round_number}: {len(trained.good)} good replies, {sampling.min_replies} are needed: other "
-                    "clients are asked"
-                )
+                few = f"{len(trained.good)} good replies, {sampling.min_replies} are needed"
+                self.progress.warn(f"round {round_number}: {few}: other clients are asked")
         raise RunError(too_few(round_number, trained, sampling.min_replies, self.clients.label))
 
     def messages(
         self, purpose: str, round_number: int, chosen: Sequence[int], adapter: Adapter, **settings: Any
     ) -> list[Message]:
-        """The strategy's messages to the `chosen` clients, each with the position in that client's own data.
-
-        Args:
-            purpose: `train` or `evaluate`.
-            settings: for the clients' config, beside what the strategy puts there.
+        """The strategy's messages to the `chosen` clients to `train` or `evaluate`, each with the position in that
+        client's own data, and `settings` beside what the strategy puts into its config.
         """
-        configure = {"train": self.strategy.configure_train, "evaluate": self.strategy.configure_evaluate}[purpose]
-        arrays, shown = to_record(adapter), cast(Any, ShownNodes(self.clients.grid, chosen))
+        # all that a strategy sees of nodes: Flower's own ids are random in every run, and it may keep them
+        shown = SimpleNamespace(get_node_ids=lambda: list(chosen))
+        configure = getattr(self.strategy, f"configure_{purpose}")
         packed: dict[int, tuple[ArrayRecord, Adapter]] = {}  # one for all messages that share their arrays
         messages = []
-        for message in list(configure(round_number, arrays, ConfigRecord(settings), shown)):  # a list keeps ids
+        for message in list(configure(round_number, to_record(adapter), ConfigRecord(settings), shown)):  # it keeps ids
             record, partition = message.content.array_records["arrays"], message.metadata.dst_node_id
             if id(record) not in packed:
                 packed[id(record)] = self.codec.pack(record)
@@ -252,30 +218,22 @@ class Federation:
             messages.append(Message(content, self.clients.nodes[partition], purpose, ttl=self.clients.ttl_s))
         return messages
 
-    def accept(
-        self, round_number: int, chosen: Sequence[int], replies: Mapping[int, Message], before: Trained
-    ) -> Trained:
+    def accept(self, round_number: int, replies: Mapping[int, Message], before: Trained) -> Trained:
         """What earlier trials gave, with the replies that can be aggregated; the others are named, and left out."""
-        good, norms, faults = dict(before.good), dict(before.norms), {}
-        for partition in chosen:
-            reply = replies.get(self.clients.nodes[partition])
-            fault = self.fault_of(partition, reply) if reply else self.clients.silence
-            if fault:
-                faults[partition] = fault
-            elif reply:
-                good[partition] = reply
-                norms[partition] = update_norm(reply, self.codec.sent[partition])
+        faults = {p: fault for p, reply in replies.items() if (fault := self.fault_of(p, reply))}
+        good = {**before.good, **without(replies, faults)}
+        sizes = {p: guard.update_norm(good[p], self.codec.sent[p]) for p in without(replies, faults)}
+        norms = {**before.norms, **sizes}
         earlier = [norm for line in self.record.metrics[-NORM_ROUNDS:] for norm in line["update_norms"].values()]
-        faults |= outliers(norms, earlier, self.config.sampling.max_norm_ratio)
+        faults |= guard.outliers(norms, earlier, self.config.sampling.max_norm_ratio)
         for partition, fault in faults.items():
             self.blame(round_number, partition, "is left out", fault)
-        dropped = {partition: fault for partition, fault in before.dropped.items() if partition not in good} | faults
-        return Trained(without(good, faults), without(norms, faults), dropped)
+        return Trained(without(good, faults), without(norms, faults), {**without(before.dropped, good), **faults})
 
     def fault_of(self, partition: int, reply: Message) -> str | None:
         """Why a reply cannot be aggregated, or None; then its adapter is in float32."""
         try:
-            return check_reply(self.codec.unpack(partition, reply), self.shapes, self.clients.num_rows[partition])
+            return guard.check_reply(self.codec.unpack(partition, reply), self.shapes, self.clients.num_rows[partition])
         except Exception as error:  # its arrays may be anything
             return f"its adapter cannot be read: {error}"
 
@@ -323,24 +281,20 @@ class Federation:
         """The scores that the `chosen` clients give on their `own` rows or the `global` ones, and who answered."""
         replies = self.clients.exchange(self.messages("evaluate", round_number, chosen, adapter, rows=rows))
         if not round_number:
-            raise_shared_refusal(replies.values(), len(chosen))
-        good = {}
-        for partition in chosen:
-            reply = replies.get(self.clients.nodes[partition])
-            fault = self.fault_of_scores(partition, reply, rows) if reply else self.clients.silence
-            if fault:
-                self.blame(round_number, partition, "could not evaluate", fault)
-            elif reply:
-                good[partition] = reply
-        return scores_of(list(good.values())), list(good)
+            raise_shared_refusal(replies.values())
+        faults = {p: fault for p, reply in replies.items() if (fault := self.fault_of_scores(p, reply, rows))}
+        for partition, fault in faults.items():
+            self.blame(round_number, partition, "could not evaluate", fault)
+        good = without(replies, faults)
+        return guard.scores_of(list(good.values())), list(good)
 
     def fault_of_scores(self, partition: int, reply: Message, rows: str) -> str | None:
         """Why scores cannot be used: a client's are of no more tokens than it has, those of everybody's of as many."""
         if rows == "own":
-            return check_scores(reply, 0, self.clients.num_rows[partition] * self.config.train.seq_length)
-        fault = check_scores(reply, self.global_tokens or 1, self.global_tokens or MOST)
+            return guard.check_scores(reply, 0, self.clients.num_rows[partition] * self.config.train.seq_length)
+        fault = guard.check_scores(reply, self.global_tokens or 1, self.global_tokens or guard.MOST)
         if fault is None:
-            self.global_tokens = tokens_of(reply)
+            self.global_tokens = guard.tokens_of(reply)
         return fault
 
 
@@ -359,7 +313,7 @@ def too_few(round_number: int, trained: Trained, needed: int, label: Callable[[i
 
 
 def rows_left_out(trained: Trained, rows_seen: Mapping[int, int]) -> Iterator[tuple[int, str]]:
-    """What clients leave out of their rows, of each once: when it trains for the first time."""
+    """What clients leave out of their rows, said of each when it trains for the first time."""
     whys = {"without_response": "rows without a response", "refused": "rows that the chat template refuses"}
     for partition, reply in trained.replies:
         for key, what in whys.items():
@@ -368,52 +322,35 @@ def rows_left_out(trained: Trained, rows_seen: Mapping[int, int]) -> Iterator[tu
                 yield partition, f"{count} {what} are left out"
 
 
-def positions_after(rows_seen: Mapping[int, int], good: Mapping[int, Message]) -> dict[int, int]:
-    """The clients' positions in their own data, moved on by the rows that they used."""
-    used = {partition: int(metrics_of(reply)["rows"]) for partition, reply in sorted(good.items())}
-    return {**rows_seen, **{partition: rows_seen.get(partition, 0) + rows for partition, rows in used.items()}}
-
-
 def account(good: Sequence[tuple[int, Message]], rows_seen: Mapping[int, int]) -> dict[str, Any]:
-    """What a round did, from the replies that count.
-
-    Args:
-        rows_seen: the clients' positions after it.
-    """
+    """What a round did, from the replies that count; `rows_seen` are the clients' positions after it."""
     reports = {partition: metrics_of(reply) for partition, reply in good}
     weights = {partition: report["num-examples"] for partition, report in reports.items()}
-
-    def total(name: str) -> int:
-        return int(sum(report[name] for report in reports.values()))
-
+    columns = {name: [report[name] for report in reports.values()] for name in guard.REPORT}
     return {
         "train_loss": sum(weights[p] * reports[p]["train_loss"] for p in reports) / sum(weights.values()),
         "clients": list(reports),
         "num_examples": weights,
         "rows_used": {p: int(min(rows_seen[p], weights[p])) for p in reports},
-        **{name: total(name) for name in TOTALS},
+        **{name: int(sum(columns[name])) for name in guard.TOTALS},
         "processes": sorted({process_of(reply) for _, reply in good}),
-        **{name: int(max(report[name] for report in reports.values())) for name in MEMORY},
+        **{name: int(max(columns[name])) for name in guard.MEMORY},
         "server_peak_memory_bytes": peak_resident_bytes(),
-        "seconds": {part[:-2]: sum(report[part] for report in reports.values()) for part in PARTS},
+        "seconds": {part[:-2]: sum(columns[part]) for part in guard.PARTS},
     }
 
 
-def raise_shared_refusal(replies: Iterable[Message], count: int) -> None:
-    """End the run if all of `count` clients name the same thing to change: no other try or client would help.
-
-    Raises:
-        SettingsError: with what they say.
-    """
-    errors = [reply.error for reply in replies if reply.has_error()]
-    reasons = [str(error.reason) for error in errors if error.code == SETTINGS_ERROR]
-    if len(reasons) == count and len(set(reasons)) == 1:
-        raise SettingsError(reasons[0])
+def raise_shared_refusal(replies: Iterable[Message]) -> None:
+    """Raise SettingsError if all clients name the same thing to change: no other try or client would help."""
+    errors = [reply.error if reply.has_error() else None for reply in replies]
+    said = {error.reason if error and error.code == SETTINGS_ERROR else None for error in errors}
+    if len(said) == 1 and (reason := said.pop()) is not None:
+        raise SettingsError(reason)
 
 
-def busiest_process(good: Sequence[tuple[int, Message]]) -> float:
+def busiest_process(good: Iterable[tuple[int, Message]]) -> float:
     """Seconds that the busiest worker process worked: the part of a round that no engine could save."""
-    busy: dict[str, float] = defaultdict(float)
+    busy: Counter[str] = Counter()
     for _, reply in good:
-        busy[process_of(reply)] += float(metrics_of(reply)["total_s"])
-    return max(busy.values())
+        busy[process_of(reply)] += metrics_of(reply)["total_s"]
+    return float(max(busy.values()))

@@ -5,30 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import dataset
 import model as adapters
-from dataset import (
-    NO_ANSWER,
-    Rows,
-    Survey,
-    data_facts,
-    fault,
-    find_template,
-    load_eval_rows,
-    load_rows,
-    local_rows,
-    partition_rows,
-    partitioner_class,
-    read_template,
-    shared_rows,
-    survey,
-)
+from dataset import NO_ANSWER, Rows, Survey, fault, survey
 from hub import models as hub
 from learning.memory import Sizes, describe_memory, sizes
 from learning.training import training_arguments
 from server.engine import check_machine, idle_gpus
+from server.sampling import Budget
 from server.strategies import make_strategy
 from settings.schema import RunConfig, SettingsError, check_budget, share_of
-from utils import bytes_text, local_path
+from utils import bytes_text, local_path, quiet_libraries
 
 UNKNOWN = "unknown without the network"
 
@@ -36,25 +23,18 @@ UNKNOWN = "unknown without the network"
 def check_names(config: RunConfig) -> None:
     """Raise SettingsError for classes and arguments that do not exist. Reads no data and no network."""
     make_strategy(config)
-    partitioner_class(config.dataset)
+    dataset.partitioner_class(config.dataset)
     lora = adapters.lora_config(config.model)
     if not config.client_resources.num_gpus:
         adapters.check_device(lora.use_dora, config.model.quantization, "cpu")
     if config.dataset.template != "tokenizer":
-        find_template(config.dataset.template)
+        dataset.find_template(config.dataset.template)
     try:
         training_arguments(config, "unused")
     except (TypeError, ValueError) as error:
         if isinstance(error, SettingsError):
             raise
         raise SettingsError(f"train.training_arguments: {adapters.first_sentence(error)}") from error
-
-
-def check_model(config: RunConfig) -> tuple[Any, str]:
-    """The base model's tokenizer and the chat template. Raises SettingsError if they, or the adapter, do not fit it."""
-    adapters.adapter_plan(config.model, adapters.read_config(config.model))
-    tokenizer = adapters.read_tokenizer(config.model)
-    return tokenizer, read_template(config.dataset, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -86,101 +66,107 @@ class Inputs:
 def check_inputs(config: RunConfig) -> Inputs:
     """Load what the clients will need besides weights, once.
 
-    Raises:
-        SettingsError: if model, tokenizer or data are missing, do not fit, or are too few for the clients.
+    Raises SettingsError if model, tokenizer or data are missing, do not fit, or are too few for the clients.
     """
-    tokenizer, template = check_model(config)
-    rows = load_rows(config.dataset)
-    partition_rows(rows, config.dataset, config.num_clients, config.seed)
-    found = [surveyed(config, rows, tokenizer, template)]
-    facts = data_facts(rows)
+    adapters.adapter_plan(config.model, adapters.read_config(config.model))
+    tokenizer = adapters.read_tokenizer(config.model)
+    template = dataset.read_template(config.dataset, tokenizer)
+    rows, found = trained_on(config, tokenizer, template)
+    facts, surveys = dataset.data_facts(rows), [found]
     if config.dataset.eval_name:
-        held_out = load_eval_rows(config.dataset)
-        found.append(surveyed(config, held_out, tokenizer, template))
-        column = config.dataset.category_column
+        held_out, column = dataset.load_eval_rows(config.dataset), config.dataset.category_column
+        surveys.append(surveyed(config, held_out, tokenizer, template))
         if column not in ("", "category", *held_out.table.column_names):
             names = ", ".join(held_out.table.column_names)
             raise SettingsError(f"dataset.category_column={column}: {config.dataset.eval_name} has {names}")
-        facts |= {"held_out": data_facts(held_out) | {"also_trained_on": len(shared_rows(rows, held_out))}}
-    return Inputs(template, found, facts, idle_gpus(config))
+        shared = len(dataset.shared_rows(rows, held_out))
+        facts |= {"held_out": dataset.data_facts(held_out) | {"also_trained_on": shared}}
+    return Inputs(template, surveys, facts, idle_gpus(config))
+
+
+def trained_on(config: RunConfig, tokenizer: Any, template: str) -> tuple[Rows, Survey]:
+    """The rows of `dataset.name`, divided between the clients, and what they hold. Raises as `surveyed`."""
+    rows = dataset.load_rows(config.dataset)
+    dataset.partition_rows(rows, config.dataset, config.num_clients, config.seed)
+    return rows, surveyed(config, rows, tokenizer, template)
 
 
 def surveyed(config: RunConfig, rows: Rows, tokenizer: Any, template: str) -> Survey:
     """What `rows` hold, and which of them the chat template refuses; without a tokenizer it is not asked.
 
-    Raises:
-        SettingsError: if nothing is left of them.
+    Raises SettingsError if nothing is left of them.
     """
     limit, train_on = config.train.seq_length, config.dataset.train_on
     found = survey(rows, lambda row: fault(tokenizer, template, row, limit, train_on) if tokenizer else None)
     if sum(found.left_out.values()) == len(rows):
-        reasons = [reason for reason in found.left_out if reason != NO_ANSWER]
-        if reasons:
-            raise SettingsError(
-                f"dataset.template={config.dataset.template}: makes no prompt of {rows.name}: rows "
-                f"{'; '.join(reasons)}; choose another, such as dataset.template=alpaca"
-            )
+        if reasons := [reason for reason in found.left_out if reason != NO_ANSWER]:
+            none = f"dataset.template={config.dataset.template}: makes no prompt of {rows.name}"
+            told = f"rows {'; '.join(reasons)}; choose another, such as dataset.template=alpaca"
+            raise SettingsError(f"{none}: {told}")
         raise SettingsError(f"{rows.name}: none of its rows has an output")
     return found
 
 
+def show_plan(config: RunConfig, folder: Path) -> float:
+    """Print what the run would do and take; checks all that needs neither a model nor the network. Returns 0."""
+    quiet_libraries()
+    check_names(config)
+    lines = {name: text for name, text in plan(config, folder).items() if text}
+    for name, text in lines.items():
+        print(f"{name:<{max(map(len, lines))}}  {text}")
+    return 0.0
+
+
 def plan(config: RunConfig, folder: Path) -> dict[str, str]:
     """What the run will do and take, for people; what only the network could tell is said to be unknown."""
-    steps = config.train.training_arguments["max_steps"]
-    trained = config.clients_per_round * config.num_rounds
-    lines = {
+    train, wanted, count, sampling = config.train, config.client_resources, config.clients_per_round, config.sampling
+    steps, rounds = train.training_arguments["max_steps"], config.num_rounds
+    strategy = config.strategy["_target_"].rsplit(".", 1)[-1]
+    stop = train.early_stop_rounds
+    return {
         "base model": f"{config.model.name}, quantization {config.model.quantization}",
         **describe_data(config),
-        "rounds": f"{config.num_rounds}, {config.clients_per_round} of {config.num_clients} clients in each "
-        f"({config.strategy['_target_'].rsplit('.', 1)[-1]})",
-        "optimizer steps": f"{trained * steps}: {steps} for a client in a round, {config.batch_size} rows each",
-        "learning rate": f"{config.train.learning_rate_max:g} falling to {config.train.learning_rate_min:g}",
+        "rounds": f"{rounds}, {count} of {config.num_clients} clients in each ({strategy})",
+        "optimizer steps": f"{count * rounds * steps}: {steps} for a client in a round, {config.batch_size} rows each",
+        "learning rate": f"{train.learning_rate_max:g} falling to {train.learning_rate_min:g}",
+        "held-out loss": describe_evaluation(config),
+        **plan_sizes(config),
+        "checkpoints": describe_checkpoints(config),
+        "ends early": f"when the held-out loss was lowest {stop} rounds ago" if stop else "",
+        "good replies": f"at least {sampling.min_replies} a round, in {sampling.round_retries + 1} trials",
+        "workers": f"{wanted.num_cpus} CPU cores, {wanted.num_gpus:g} GPUs each",
+        "this machine": fits_here(config),
+        "results": str(folder),
     }
-    if measured := describe_evaluation(config):
-        lines["held-out loss"] = measured
-    lines |= plan_sizes(config)
-    lines["checkpoints"] = describe_checkpoints(config)
-    if config.train.early_stop_rounds:
-        lines["ends early"] = f"when the held-out loss was lowest {config.train.early_stop_rounds} rounds ago"
-    lines["good replies"] = (
-        f"at least {config.sampling.min_replies} a round, in {config.sampling.round_retries + 1} trials"
-    )
-    lines["workers"] = f"{config.client_resources.num_cpus} CPU cores, {config.client_resources.num_gpus:g} GPUs each"
-    lines["this machine"] = fits_here(config)
-    lines["results"] = str(folder)
-    return lines
 
 
 def describe_evaluation(config: RunConfig) -> str:
-    dataset, share, parts = config.dataset, config.sampling.fraction_evaluate, []
-    if dataset.eval_name:
-        if local_rows(dataset.eval_name, "dataset.eval_name"):
-            surveyed(config, load_eval_rows(dataset), *prompter(config))
-        parts.append(f"of {dataset.eval_name} before and after the run and every {config.evaluate.every_rounds} rounds")
+    data, share, parts = config.dataset, config.sampling.fraction_evaluate, []
+    if data.eval_name:
+        if dataset.local_rows(data.eval_name, "dataset.eval_name"):
+            surveyed(config, dataset.load_eval_rows(data), *prompter(config))
+        parts.append(f"of {data.eval_name} before and after the run and every {config.evaluate.every_rounds} rounds")
     if share:
         count = max(1, share_of(config.num_clients, share))
-        parts.append(f"of {dataset.holdout:.0%} of the rows of {count} clients after every round")
+        parts.append(f"of {data.holdout:.0%} of the rows of {count} clients after every round")
     return ", and ".join(parts)
 
 
 def describe_checkpoints(config: RunConfig) -> str:
-    count = -(-config.num_rounds // config.train.save_every_round)
+    every = config.train.save_every_round
+    count = -(-config.num_rounds // every)
     kept = min(count, config.train.keep_checkpoints or count)
-    best = " and whenever the held-out loss is lowest" if config.is_measured else ""
-    return (
-        f"every {config.train.save_every_round} rounds{best}; {kept} of {count} kept{', and the best' if best else ''}"
-    )
+    best, also = (" and whenever the held-out loss is lowest", ", and the best") if config.is_measured else ("", "")
+    return f"every {every} rounds{best}; {kept} of {count} kept{also}"
 
 
 def describe_data(config: RunConfig) -> dict[str, str]:
-    kind = partitioner_class(config.dataset).__name__
-    if local_rows(config.dataset.name) is None:
+    kind = dataset.partitioner_class(config.dataset).__name__
+    if dataset.local_rows(config.dataset.name) is None:
         return {"data": f"{config.dataset.name} ({kind}); number of rows {UNKNOWN}"}
-    rows = load_rows(config.dataset)
-    partition_rows(rows, config.dataset, config.num_clients, config.seed)
-    found = surveyed(config, rows, *prompter(config))
-    lines = {"data": f"{config.dataset.name}, {len(rows)} rows, {kind}", "rows": str(found)}
-    return lines | ({"WARNING": "more than half of the rows are not used"} if found.is_mostly_left_out else {})
+    rows, found = trained_on(config, *prompter(config))
+    left_out = "more than half of the rows are not used" if found.is_mostly_left_out else ""
+    return {"data": f"{config.dataset.name}, {len(rows)} rows, {kind}", "rows": str(found), "WARNING": left_out}
 
 
 def prompter(config: RunConfig) -> tuple[Any, str]:
@@ -188,7 +174,7 @@ def prompter(config: RunConfig) -> tuple[Any, str]:
     if local_path(config.model.name) is None:
         return None, ""
     tokenizer = adapters.read_tokenizer(config.model, offline=True)
-    return tokenizer, read_template(config.dataset, tokenizer)
+    return tokenizer, dataset.read_template(config.dataset, tokenizer)
 
 
 def plan_sizes(config: RunConfig) -> dict[str, str]:
@@ -210,15 +196,14 @@ def plan_sizes(config: RunConfig) -> dict[str, str]:
 
 def traffic(config: RunConfig, size: Sizes) -> tuple[int, int, int]:
     """Rounds that `strategy.max_bytes` allows, and adapters sent down and up in them, if no client fails."""
-    most = config.sampling.max_bytes or float("inf")
-    sent, returned, count = config.evaluations_after(0, config.num_clients), 0, config.clients_per_round
+    budget, here, count = Budget(config, size.payload_bytes), config.num_clients, config.clients_per_round
+    sent, returned = config.evaluations_after(0, here), 0
     for number in range(1, config.num_rounds + 1):
-        down = count + config.evaluations_after(number, config.num_clients)
-        if (sent + returned + down + count) * size.payload_bytes + size.once_bytes > most:
-            measured = number == 1 or config.evaluates_after(number - 1) or not config.dataset.eval_name
-            last = not measured and (sent + returned + 1) * size.payload_bytes + size.once_bytes <= most
+        left = budget.most - size.once_bytes - (sent + returned) * size.payload_bytes
+        if budget.of_round(number, here, count) > left:
+            last = budget.ends_after(number - 1, here, left) and not config.evaluates_after(number - 1)
             return number - 1, sent + last, returned
-        sent, returned = sent + down, returned + count
+        sent, returned = sent + count + config.evaluations_after(number, here), returned + count
     return config.num_rounds, sent, returned
 
 
@@ -228,9 +213,3 @@ def fits_here(config: RunConfig) -> str:
     except SettingsError as error:
         return f"cannot run it: {error}"
     return idle_gpus(config) or "has room for at least one worker"
-
-
-def print_plan(lines: dict[str, Any], write: Any) -> None:
-    width = max(map(len, lines))
-    for name, text in lines.items():
-        write(f"{name:<{width}}  {text}")

@@ -19,14 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def play(grid: Grid, config: RunConfig, folder: Path, inputs: Inputs, *, resumes: bool) -> dict[str, Any]:
-    """Play the rounds that are left, show them, say where the results are; returns what results.json holds.
+    """Play the rounds that are left in the run folder, which is claimed for this process, and show them.
 
-    Args:
-        folder: the run folder, claimed for this process.
-        resumes: whether a run that was interrupted there is resumed.
-
-    Raises:
-        SettingsError, RunError: as `Federation.run` and `Federation.restore`.
+    Returns what results.json holds; raises as `Federation.run` and `Federation.restore`.
     """
     console = Console(highlight=False)
     with ExitStack() as stack:
@@ -41,16 +36,13 @@ def play(grid: Grid, config: RunConfig, folder: Path, inputs: Inputs, *, resumes
         for warning in inputs.warnings:
             log.warning("%s", warning)
             progress.warn(warning)
-        federation = Federation(config, folder, inputs.template, progress, inputs.for_results)
+        federation = Federation(config, folder, inputs.template, progress)
         try:
             if resumes:
                 federation.restore()
-            summary = federation.run(grid)
-        except KeyboardInterrupt as stopped:
-            log.info("stopped: %s", stopped)
-            raise
-        except Exception as error:
-            log.error("the run failed", exc_info=error)
+            summary = federation.run(grid, inputs.for_results)
+        except BaseException as error:
+            log.error("the run ended early: %r", error, exc_info=isinstance(error, Exception))
             raise
     console.out(summary_line(summary))
     console.out(f"results: {folder}")

@@ -2,13 +2,12 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import hydra
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 from hydra.utils import get_class
 
@@ -19,63 +18,46 @@ from utils import shortened
 
 log = logging.getLogger(__name__)
 
+# arguments of Flower's strategies that let each take every client that it is shown
+EVERYONE = {"fraction_train": 1.0, "fraction_evaluate": 1.0}
+EVERYONE |= dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1)
+KEYS = ("weighted_by_key", "arrayrecord_key", "configrecord_key")
+
 
 def make_strategy(config: RunConfig) -> Strategy:
     """The Flower strategy that `strategy._target_` names, set to take every client that it is shown.
 
-    Raises:
-        SettingsError: for a class that does not exist or is no strategy, and for arguments that do not fit.
+    Raises SettingsError for a class that does not exist or is no strategy, and for arguments that do not fit.
     """
-    target = config.strategy["_target_"]
+    key = f"strategy._target_={config.strategy['_target_']}"
     try:
-        chosen = get_class(target)
+        chosen = get_class(config.strategy["_target_"])
     except Exception as error:
-        raise SettingsError(f"strategy._target_={target}: there is no such class") from error
+        raise SettingsError(f"{key}: there is no such class") from error
     if "ClientSide" in chosen.__name__:
-        raise SettingsError(
-            f"strategy._target_={target}: clips on the clients, which is not built in; use its server-side twin"
-        )
+        raise SettingsError(f"{key}: clips on the clients, which is not built in; use its server-side twin")
     if not issubclass(chosen, Strategy):
-        raise SettingsError(
-            f"strategy._target_={target}: not a message-based Flower strategy (flwr.serverapp.strategy)"
-        )
+        raise SettingsError(f"{key}: not a message-based Flower strategy (flwr.serverapp.strategy)")
     own = {entry.name for entry in dataclasses.fields(SamplingConfig)}
-    arguments = {key: value for key, value in config.strategy.items() if key not in own}
-    decided = {
-        "fraction_train": "set strategy.fraction_fit",
-        **dict.fromkeys(("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), "set strategy.fraction_fit"),
-        **dict.fromkeys(
-            ("weighted_by_key", "arrayrecord_key", "configrecord_key"), "clients answer with Flower's names"
-        ),
-    }
+    arguments = {name: value for name, value in config.strategy.items() if name not in own}
+    decided = dict.fromkeys(EVERYONE, "set strategy.fraction_fit")
+    decided |= dict.fromkeys(KEYS, "clients answer with Flower's names")
     check_keywords("strategy", arguments, chosen, decided)
     try:
         strategy: Strategy = hydra.utils.instantiate(arguments)
     except Exception as error:
         raise SettingsError(f"strategy: {chosen.__name__} refuses its arguments ({shortened(error, 200)})") from error
     for part in (strategy, getattr(strategy, "strategy", None)):  # the differential-privacy strategies wrap another
-        for name in ("fraction_train", "fraction_evaluate"):
+        for name, value in EVERYONE.items():
             if hasattr(part, name):
-                setattr(part, name, 1.0)
-        for name in ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"):
-            if hasattr(part, name):
-                setattr(part, name, 1)
+                setattr(part, name, value)
     return strategy
 
 
-def aggregate(
-    strategy: Strategy,
-    round_number: int,
-    replies: Sequence[tuple[int, Message]],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> Adapter:
-    """The next adapter, as the strategy makes it of checked replies.
+def aggregate(strategy: Strategy, round_number: int, replies: Sequence[tuple[int, Message]], like: Adapter) -> Adapter:
+    """The next adapter, with the tensors of `like`, as the strategy makes it of checked replies.
 
-    Args:
-        replies: by partition id, which the strategy takes for the id of the node.
-
-    Raises:
-        RunError: if it makes none, or not one of finite numbers.
+    It takes their partition ids for those of nodes. Raises RunError if it makes none, or not one of finite numbers.
     """
     name = type(strategy).__name__
     for partition, reply in replies:
@@ -87,26 +69,10 @@ def aggregate(
         raise RunError(f"round {round_number}: {name} cannot aggregate {len(replies)} replies: {error}") from error
     if arrays is None:
         raise RunError(f"round {round_number}: {name} made no adapter of {len(replies)} replies")
-    adapter = {tensor: arrays[tensor].numpy().astype(np.float32) for tensor in sorted(shapes)}
+    adapter = {tensor: arrays[tensor].numpy().astype(np.float32) for tensor in sorted(like)}
     if not all(np.isfinite(value).all() for value in adapter.values()):
         raise RunError(f"round {round_number}: {name} made an adapter of numbers that are not finite")
     return adapter
-
-
-class ShownNodes:
-    """A Grid on which a strategy sees only the clients that were sampled for this round, by their partition ids.
-
-    Flower's node ids are random in every run; a strategy may keep something for each.
-    """
-
-    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
-        self._grid, self._node_ids = grid, list(node_ids)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self._node_ids)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._grid, name)
 
 
 class Alone(FedAvg):
@@ -119,25 +85,15 @@ class Alone(FedAvg):
         super().__init__(**arguments)
         self.own: dict[str, np.ndarray] = {}  # by node and tensor, in a form that a checkpoint can keep
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        return self.with_own(super().configure_train(server_round, arrays, config, grid), arrays)
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        return self.with_own(super().configure_evaluate(server_round, arrays, config, grid), arrays)
-
-    def with_own(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:
-        """`messages`, each with the adapter of its client; the first time `arrays`."""
-        addressed = []
-        for message in messages:
-            node = message.metadata.dst_node_id
-            own = {name: self.own[f"{node}/{name}"] for name in arrays if f"{node}/{name}" in self.own}
-            content = RecordDict(dict(message.content) | ({"arrays": to_record(own)} if own else {}))
-            addressed.append(Message(content, node, message.metadata.message_type))
-        return addressed
+    def _construct_messages(self, record: RecordDict, node_ids: list[int], message_type: str) -> list[Message]:
+        """As FedAvg, for training and evaluation alike; to each node its own adapter, the first time the `record`'s."""
+        messages = []
+        for node in node_ids:
+            keys = {name: f"{node}/{name}" for name in record.array_records["arrays"]}
+            own = {name: self.own[key] for name, key in keys.items() if key in self.own}
+            content = RecordDict(dict(record) | ({"arrays": to_record(own)} if own else {}))
+            messages.append(Message(content, node, message_type))
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from learning import training
 from machine import gpus
-from server import engine, plan, simulation
+from server import engine, plan
 from settings.compose import compose
 from settings.overrides import canonical, parsed, to_type
 from settings.schema import CONFIG_FOLDER, SamplingConfig, SettingsError
@@ -71,7 +71,7 @@ def test_promised_command_plans_offline(overrides, expected, monkeypatch, capsys
         raise AssertionError("a dry run touched the network")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    simulation.show_plan(compose(overrides), Path("results-folder"))
+    plan.show_plan(compose(overrides), Path("results-folder"))
     printed = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     names = {"steps": "optimizer steps", "model": "base model"}
     for name, text in expected.items():
