@@ -43,10 +43,10 @@ def new_folder(below: Path) -> Path:
         except FileExistsError:
             moment += timedelta(seconds=1)
         except OSError as error:
-            raise wrong(folder, f"cannot be written ({error.strerror}); choose another folder") from error
+            raise unusable(folder, f"cannot be written ({error.strerror}); choose another folder") from error
 
 
-def wrong(folder: Path, reason: str) -> SettingsError:
+def unusable(folder: Path, reason: str) -> SettingsError:
     return SettingsError(f"hydra.run.dir={folder}: {reason}")
 
 
@@ -80,9 +80,9 @@ def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterat
             stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise wrong(folder, "another process is at work there; wait for its end") from error
+            raise unusable(folder, "another process is at work there; wait for its end") from error
         except OSError as error:
-            raise wrong(folder, f"cannot be written ({error.strerror}); choose another folder") from error
+            raise unusable(folder, f"cannot be written ({error.strerror}); choose another folder") from error
         content: dict[str, Any] = {
             "overrides": [text for text in overrides if not RESUME.match(text)],
             "settings": asdict(config),
@@ -112,7 +112,7 @@ def has_rounds(folder: Path) -> bool:
 def check_same(folder: Path, config: RunConfig) -> dict[str, Any]:
     """What `config` changes of the run in `folder`. Raises SettingsError if that is not allowed, or not asked for."""
     if not (config.resume or config.resume_sweep):
-        raise wrong(folder, f"holds the results of another run; choose another folder, or resume={folder}")
+        raise unusable(folder, f"holds the results of another run; choose another folder, or resume={folder}")
     changed = changed_settings(folder, config)
     for key, (old, new) in changed.items():
         if not covers(MAY_CHANGE, key):
