@@ -16,7 +16,7 @@ INSTEAD = {  # of fields that the trainer, or adapters without a base model, can
 NAMES = "a list of module names, or null"
 
 
-def setting(what: str | None = None, **rules: float) -> Any:
+def setting(what: str | None = None, **rules: Any) -> Any:
     """A field that may be left out; `what` says what is allowed, where type and range do not."""
     return Field(default=None, description=what, **rules)
 
