@@ -1,7 +1,6 @@
 """Small helpers that several modules share: paths, schedule, seeds, environment, logging, files, metrics."""
 
 import atexit
-import contextlib
 import functools
 import gc
 import hashlib
@@ -15,12 +14,12 @@ import shutil
 import sys
 import tempfile
 import textwrap
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from rich import filesize
@@ -67,7 +66,7 @@ def installed_folder() -> Path | None:
         origin = importlib.metadata.distribution("llm-flowertune").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         return None
-    return Path(urllib.request.url2pathname(urllib.parse.urlsplit(json.loads(origin)["url"]).path)) if origin else None
+    return Path(url2pathname(urlsplit(json.loads(origin)["url"]).path)) if origin else None
 
 
 def cosine_learning_rate(round_number: int, num_rounds: int, highest: float, lowest: float) -> float:
@@ -124,10 +123,8 @@ def leave_unusable_home() -> None:
     if (kept := home / ".cache" / "huggingface" / "hub").is_dir() and "HF_HOME" not in os.environ:
         os.environ.setdefault("HF_HUB_CACHE", str(kept))
     os.environ["HOME"] = folder
-    print(
-        f"warning: the home folder {home} cannot be written; what libraries keep there is kept for this run only",
-        file=sys.stderr,
-    )
+    reason = "cannot be written; what libraries keep there is kept for this run only"
+    print(f"warning: the home folder {home} {reason}", file=sys.stderr)
 
 
 def log_to_file(path: Path) -> None:
@@ -156,9 +153,7 @@ def quiet_transformers() -> None:
 
     logging.captureWarnings(True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
-        logging.ERROR
-    )  # one for each layer and pass in 8 bits
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # one for each layer
     logging.getLogger().addHandler(logging.NullHandler())  # without any handler, Python writes to stderr
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
@@ -171,7 +166,7 @@ def quiet_transformers() -> None:
 def shortened(text: object, width: int) -> str:
     """`text` on one line of at most `width` characters, cut between two words; a single long word is cut itself."""
     words = " ".join(str(text).split())
-    whole = textwrap.TextWrapper(width, max_lines=1, placeholder=" ...", break_on_hyphens=False).fill(words)
+    whole = textwrap.shorten(words, width, placeholder=" ...", break_on_hyphens=False)
     return whole if whole.strip(". ") or not words else words[: width - 4] + " ..."
 
 
@@ -327,7 +322,7 @@ def peak_resident_bytes() -> int:
 
 def forget_peak() -> None:
     """Let `peak_resident_bytes` start again from now, where the system allows it."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 

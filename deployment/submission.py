@@ -82,7 +82,7 @@ def with_settings_of_run(overrides: Sequence[str]) -> list[str]:
     if not config.resume or not (folder := Path(config.resume).resolve() / SETTINGS_FILE).exists():
         return list(overrides)
     wanted = differences(asdict(default), asdict(config) | {"resume": str(folder.parent)})
-    return [f"{key}={written(value)}" for key, (_, value) in wanted.items()]
+    return [f"{key}={written(value)}" for key, _, value in wanted]
 
 
 class Run:

@@ -72,7 +72,7 @@ def for_people(table: pd.DataFrame) -> str:
     facts = zip(table["mean"], table["deviation"], table["seeds"], strict=True)
     texts = [f"{mean:.3f} ± {deviation:.3f}" if seeds > 1 else f"{mean:.3f}" for mean, deviation, seeds in facts]
     wide = table.assign(text=texts).unstack("arm")
-    shown = wide["text"].reindex(columns=ARMS.values()).fillna("")
+    shown = wide["text"].reindex(columns=ARMS.values(), fill_value="").fillna("")
     means = wide["mean"].reindex(columns=ARMS.values())
     ratios = means["federated"] / means["central"]
     shown["federated / central"] = [f"{ratio:.2f}" if math.isfinite(ratio) else "" for ratio in ratios]

@@ -15,26 +15,16 @@ from runs.reading import markdown
 from settings.schema import HUB_ID, SHIPPED_NAMES, RunConfig
 from utils import CARD_FILE, PLOT_FILE, bytes_sent, bytes_text, local_path, totals_so_far
 
-FIGURES = {
-    "loss": "{:.4f}",
-    "perplexity": "{:.3f}",
-    "token_accuracy": "{:.1%}",
-    "exact_match": "{:.1%}",
-    "rouge_l": "{:.3f}",
-}
+FIGURES = {"loss": ".4f", "perplexity": ".3f", "token_accuracy": ".1%", "exact_match": ".1%", "rouge_l": ".3f"}
 LIBRARIES = ("flwr", "peft", "transformers", "torch", "bitsandbytes")
 
 
 def write_card(
     folder: Path, config: RunConfig, lora: LoraConfig, metrics: Sequence[Mapping[str, Any]], own_data: bool
 ) -> None:
-    """Write README.md and train_loss.png into a checkpoint's `folder`.
+    """Write README.md and train_loss.png into a `folder`; no name of a local file: a card is for everybody.
 
-    Names of local files and folders are left out: a card is for everybody.
-
-    Args:
-        metrics: the lines of metrics.jsonl up to this checkpoint.
-        own_data: whether clients trained on rows that only they have.
+    `metrics` are the lines up to this checkpoint; `own_data`: clients trained on rows that only they have.
     """
     found, before = metrics[-1].get("held_out", {}), metrics[0].get("held_out_before", {})
     if config.baseline == "alone":
@@ -101,12 +91,11 @@ def results(kind: str, after: Mapping[str, Any], before: Mapping[str, Any] | Non
     What categories clients' own rows have is for nobody else; names of categories may be anybody's: no markup.
     """
     keys = [key for key in FIGURES if key in after]
-    lines = {"before": before} if before else {}
-    lines |= {"after": after}
+    lines = ({"before": before} if before else {}) | {"after": after}
     if kind == "global":
         lines |= {f"after, {name}": figures for name, figures in after.get("by_category", {}).items()}
     rows = (
-        [name, *(FIGURES[key].format(figures[key]) if key in figures else "" for key in keys)]
+        [name, *(format(figures[key], FIGURES[key]) if key in figures else "" for key in keys)]
         for name, figures in lines.items()
     )
     return markdown(["", *(key.replace("_", " ") for key in keys)], rows, special="\\`*_{}[]<>|")

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,29 +40,16 @@ class State:
 
     adapter: Adapter
     round_number: int = 0
-    rows_seen: dict[int, int] = field(default_factory=dict)
-    """By partition id: rows that the client has trained on, counting repetitions."""
-    elapsed_s: float = 0.0
-    """Seconds that the rounds took so far, in all processes that the run had."""
-    strategy: StrategyState = field(default_factory=lambda: ({}, {}))
-    """What `strategy_state` said then."""
+    rows_seen: dict[int, int] = field(default_factory=dict)  # by partition id; repetitions are counted
+    elapsed_s: float = 0.0  # that the rounds took so far, in all processes that the run had
+    strategy: StrategyState = field(default_factory=lambda: ({}, {}))  # what `strategy_state` said then
 
 
 def save(
-    run_folder: Path,
-    state: State,
-    lora: LoraConfig,
-    template: str,
-    facts: Mapping[str, Any],
-    write_more: Callable[[Path], None],
+    run: Path, state: State, lora: LoraConfig, template: str, quantization: str, write_card: Callable[[Path], None]
 ) -> None:
-    """Write `peft_<round>/` beside, then rename it; on disk when this returns.
-
-    Args:
-        facts: more for state.json.
-        write_more: is given the folder for files of its own.
-    """
-    folder = folder_of(run_folder, state.round_number)
+    """Write `peft_<round>/` beside, then rename it; on disk when this returns."""
+    folder = folder_of(run, state.round_number)
     beside = folder.with_suffix(".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     adapters.save_adapter(beside, state.adapter, lora, template)
@@ -73,22 +61,19 @@ def save(
         "elapsed_s": state.elapsed_s,
         "rows_seen": {str(p): n for p, n in sorted(state.rows_seen.items())},
         "strategy": values,
+        "quantization": quantization,
     }
-    write_json(beside / STATE_FILE, content | dict(facts))
-    write_more(beside)
+    write_json(beside / STATE_FILE, content)
+    write_card(beside)
     write_digests(beside)
     sync(*beside.iterdir(), beside)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
-    sync(run_folder)
+    sync(run)
 
 
 def load(run_folder: Path, round_number: int, strategy: Strategy, shapes: Mapping[str, tuple[int, ...]]) -> State:
-    """The state after `round_number`; `strategy` is put into its own state at that round.
-
-    Raises:
-        ValueError: if the checkpoint is damaged, or of another adapter or strategy.
-    """
+    """The state after a round, to which `strategy` is set too. Raises ValueError for a damaged or another adapter's."""
     folder = folder_of(run_folder, round_number)
     if torn := torn_files(folder):
         raise ValueError(f"damaged: {', '.join(torn)}")
@@ -108,9 +93,7 @@ def newest(
 ) -> State | None:
     """The newest state of at most `most` rounds whose checkpoint is whole. One that is damaged is set aside.
 
-    Raises:
-        OSError, MemoryError: if a file cannot be read now; that is no damage.
-        SettingsError: if the strategy's own state cannot be restored.
+    One that cannot be read now is not damaged: OSError and MemoryError are raised, as what `restore_strategy` raises.
     """
     for number in (number for number in rounds_in(run_folder) if number <= most):
         try:
@@ -126,13 +109,9 @@ def newest(
 
 
 def prune(run_folder: Path, keep: int | None, best: int | None, spare: Collection[int] = ()) -> None:
-    """Remove what need not stay: the newest `keep` checkpoints do, besides that of round `best`; None keeps all.
+    """Remove what need not stay: the newest `keep` checkpoints do (None: all), besides that of round `best`.
 
-    Args:
-        spare: rounds that were only saved because they were the best for a while.
-
-    Raises:
-        OSError: if a folder cannot be removed.
+    Those of the rounds `spare`, which were only written because they were the best for a while, do not.
     """
     rounds = rounds_in(run_folder)
     kept = [number for number in rounds if number != best and (number == rounds[0] or number not in spare)][:keep]
@@ -176,26 +155,25 @@ def strategy_state(strategy: Strategy) -> StrategyState:
     values: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for key, value in attributes(strategy):
-        parts: dict[str, Any]
-        if isinstance(value, ArrayRecord):
-            parts = {name: array.numpy() for name, array in value.items()}
-        elif isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
-            parts = value
-        elif isinstance(value, list) and value:
-            parts = {str(position): part for position, part in enumerate(value)}
-        else:
-            parts = {"": value}
-        if isinstance(value, ArrayRecord) or all(isinstance(part, np.ndarray | np.generic) for part in parts.values()):
+        parts = parts_of(value)
+        if all(isinstance(part, np.ndarray | np.generic) for part in parts.values()):
             values[key] = {"kind": type(value).__name__}
             arrays |= {f"{key}|{name}": np.array(part, order="C") for name, part in parts.items()}
             continue
-        try:
-            values[key] = {"kind": "value", "value": json.loads(json.dumps(value, allow_nan=False))}
-            if values[key]["value"] != value:
-                raise ValueError("not the same after JSON")
-        except (TypeError, ValueError):
-            values[key] = {"kind": "unknown"}
+        values[key] = {"kind": "unknown"}
+        with suppress(TypeError, ValueError):
+            if (copied := json.loads(json.dumps(value, allow_nan=False))) == value:
+                values[key] = {"kind": "value", "value": copied}
     return values, arrays
+
+
+def parts_of(value: Any) -> dict[str, Any]:
+    """What may be arrays in `value`, by name; itself, if it is nothing of which `RESTORED` knows parts."""
+    if isinstance(value, ArrayRecord):
+        return {name: array.numpy() for name, array in value.items()}
+    if type(value) is list:
+        return {str(position): part for position, part in enumerate(value)}
+    return value if type(value) is dict and all(isinstance(name, str) for name in value) else {"": value}
 
 
 RESTORED: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {  # what a kind was, from its parts
@@ -207,11 +185,7 @@ RESTORED: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {  # what a kind w
 
 
 def restore_strategy(strategy: Strategy, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Put what `strategy_state` returned into a strategy that was made with the same arguments.
-
-    Raises:
-        SettingsError: if the strategy held something that a checkpoint cannot keep.
-    """
+    """Undo `strategy_state`. Raises SettingsError if the strategy held something that a checkpoint cannot keep."""
     for key, kept in values.items():
         kind = kept["kind"]
         *path, name = key.split(".")

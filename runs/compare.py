@@ -5,21 +5,19 @@ ends: `SweepReport` is Hydra's callback for that, set in conf/config.yaml.
 """
 
 import argparse
+import csv
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from runs.reading import COMPLETE, Run, differing, find_runs, label, markdown, read_text, run_folders
+from runs.reading import COMPLETE, Run, differing, find_runs, label, markdown, run_folders
 from utils import bytes_text, seconds_text
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 DRY_RUN = re.compile(r"\+{0,2}dry_run=(true|yes|on|1)", re.IGNORECASE)
 NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column -> (key of results.json, how people read it)
@@ -33,16 +31,18 @@ NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {  # column -> (key of re
 }
 
 
-def report(runs: Sequence[Run], output: Path) -> list[str]:
-    """Write sweep.csv, sweep.md, train_loss.png and, of baselines, their table into `output`; returns the names."""
+def report(runs: Sequence[Run], output: Path) -> dict[str, str]:
+    """Write the table, the picture and those of baselines into `output`; returns the names and texts of these files."""
     from runs import baselines  # with pandas, which main.py should not wait for
     from runs.plots import plot_comparison
 
-    keys, names, written = differing(runs), names_of(runs), ["sweep.csv", "sweep.md"]
+    keys, names = differing(runs), names_of(runs)
+    header = ["run", *keys, *NUMBERS, "status", "error"]
     output.mkdir(parents=True, exist_ok=True)
-    table_of(runs, names, keys, plain=True).to_csv(output / "sweep.csv", index=False)
-    table = table_of(runs, names, keys, plain=False)
-    (output / "sweep.md").write_text(markdown(table.columns, table.to_numpy()), encoding="utf-8")
+    with (output / "sweep.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows_of(runs, names, keys, plain=True)])
+    written = {"sweep.csv": "", "sweep.md": markdown(header, rows_of(runs, names, keys, plain=False))}
+    (output / "sweep.md").write_text(written["sweep.md"], encoding="utf-8")
     labels = [label(run, keys) for run in runs]
     curves = [
         (text if text and labels.count(text) == 1 else f"{name} {text}".strip(), run.metrics)
@@ -51,22 +51,18 @@ def report(runs: Sequence[Run], output: Path) -> list[str]:
     ]
     if curves:
         plot_comparison(curves, output / "train_loss.png")
-        written.append("train_loss.png")
-    if "baseline" in keys and baselines.report(runs, output):
-        written += ["baselines.csv", "baselines.md", "baselines.png"]
+        written["train_loss.png"] = ""
+    if "baseline" in keys and (text := baselines.report(runs, output)):
+        written |= {"baselines.csv": "", "baselines.md": text, "baselines.png": ""}
     return written
 
 
-def table_of(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str], *, plain: bool) -> "pd.DataFrame":
+def rows_of(runs: Sequence[Run], names: Sequence[str], keys: Sequence[str], *, plain: bool) -> Iterator[list[str]]:
     """A row a run: what differs, its numbers, plain or as people read them, and what became of it."""
-    import pandas as pd
-
-    columns = {"run": names} | {key: [run.settings.get(key, "") for run in runs] for key in keys}
-    for name, (key, text) in NUMBERS.items():
-        values = [run.results.get(key) for run in runs]
-        columns[name] = ["" if value is None else str(value) if plain else text(value) for value in values]
-    columns |= {"status": [run.status for run in runs], "error": [" ".join(run.error.split()) for run in runs]}
-    return pd.DataFrame(columns)
+    for name, run in zip(names, runs, strict=True):
+        values = [(run.results.get(key), text) for key, text in NUMBERS.values()]
+        numbers = ["" if value is None else str(value) if plain else text(value) for value, text in values]
+        yield [name, *(run.settings.get(key, "") for key in keys), *numbers, run.status, " ".join(run.error.split())]
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
@@ -91,16 +87,10 @@ class SweepReport(Callback):
         runs = find_runs([folder])
         done = sum(run.status == COMPLETE for run in runs)
         written = report(runs, folder)
-        show(folder, written, "baselines.md")
         also = " and train_loss.png" if "train_loss.png" in written else ""
+        print(written.get("baselines.md", ""), end="")
         print(f"sweep: {done} of {len(runs)} runs complete; see {folder / 'sweep.md'}{also}", flush=True)
         SweepReport.failed = done < len(runs)
-
-
-def show(folder: Path, written: Sequence[str], *names: str) -> None:
-    """Print those of the files `names` in `folder` that were just `written`."""
-    for name in names:
-        print(read_text(folder / name) if name in written else "", end="")
 
 
 def main() -> int:
@@ -114,16 +104,13 @@ def main() -> int:
             return 2
     try:
         found = find_runs(options.folders)
-        runs = [
-            run
-            for run in found  # a job of a sweep has its line even if it failed before a round
-            if run.metrics or run.folder in options.folders or (run.folder.parent / "multirun.yaml").exists()
-        ]
+        asked = {*options.folders, *(run.folder for run in found if (run.folder.parent / "multirun.yaml").exists())}
+        runs = [run for run in found if run.metrics or run.folder in asked]  # a sweep's job even if it had no round
         written = report(runs, options.output)
     except OSError as error:
         print(f"error: --output={options.output}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
-    show(options.output, written, "sweep.md", "baselines.md")
+    print(*written.values(), sep="", end="")
     if left_out := len(found) - len(runs):
         print(f"left out: {left_out} folders of dry runs, and of runs that ended before a round", file=sys.stderr)
     print(f"written: {', '.join(written)} in {options.output.resolve()}", file=sys.stderr)

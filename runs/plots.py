@@ -1,6 +1,5 @@
 """The pictures of a run, of several runs side by side, and of a federation beside its baselines."""
 
-import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -8,24 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from cycler import cycler
 
 from utils import held_out_losses
 
 # eight colours that colour-blind readers tell apart (Okabe and Ito, 2008; yellow darkened for white paper)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LOOKS = [  # of curves: colour and marker, and by the eight another line
-    {"color": colour, "linestyle": line, "marker": marker, "linewidth": 1.8, "markersize": 4}
-    for line in ("-", "--", ":", "-.")
-    for colour, marker in zip(COLOURS, MARKERS, strict=True)
-]
+CURVES = cycler(linestyle=["-", "--", ":", "-."]) * (cycler(color=COLOURS) + cycler(marker=list("os^DvPX*")))
 
 
 def smoothed(values: Sequence[float], weight: float | None = None) -> list[float]:
     """Exponential moving average without start-up bias, as TensorBoard draws it; NaN stays NaN.
 
-    Args:
-        weight: of the past, in [0, 1). By default it averages over about a tenth of the values.
+    The `weight` of the past is in [0, 1); by default, it averages over about a tenth of the values.
     """
     weight = max(0.0, 1 - 10 / max(len(values), 1)) if weight is None else weight
     series = pd.Series(values, dtype=float)
@@ -52,15 +46,15 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
 def plot_comparison(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
     """Draw the losses of several runs into a PNG: smoothed curves, the raw ones faint behind.
 
-    Args:
-        curves: label and lines of metrics.jsonl of each run. The legend follows the curves' ends, highest first.
+    The legend, of each run's label, follows the curves' ends, highest first.
     """
     drawn = [(smoothed([line["train_loss"] for line in metrics]), label, metrics) for label, metrics in curves]
     drawn.sort(key=lambda run: -run[0][-1] if math.isfinite(run[0][-1]) else -math.inf)
     panels = 1 + any(held_out_losses(metrics) for *_, metrics in drawn)
     figure = new_figure(9, 1.6 + 3.2 * panels)
     axes = list(figure.subplots(panels, sharex=True, squeeze=False)[:, 0])
-    for (curve, label, metrics), look in zip(drawn, itertools.cycle(LOOKS), strict=False):
+    for (curve, label, metrics), look in zip(drawn, CURVES(), strict=False):
+        look |= {"linewidth": 1.8, "markersize": 4}
         rounds, losses = [line["round"] for line in metrics], [line["train_loss"] for line in metrics]
         axes[0].plot(rounds, losses, color=look["color"], alpha=0.2, linewidth=1)
         text = wrapped(f"{label}: {curve[-1]:.3f}", 44)
@@ -75,13 +69,9 @@ def plot_comparison(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], p
 def plot_baselines(losses: pd.DataFrame, path: Path) -> None:
     """Draw bars of held-out losses into a PNG: a group for each setting, a bar for each arm, a dot for each seed.
 
-    Args:
-        losses: a row for each seed, with columns settings, arm, value.
+    There is a row for each seed, with columns settings, arm, value.
     """
-    settings, arms = (
-        list(losses["settings"].unique()),
-        list(losses["arm"].cat.remove_unused_categories().cat.categories),
-    )
+    settings, arms = list(losses["settings"].unique()), losses["arm"].cat.remove_unused_categories().cat.categories
     figure, width = new_figure(3.4 + 2.6 * len(settings), 4.2), 0.8 / max(1, len(arms))
     axes = figure.subplots()
     for number, arm in enumerate(arms):

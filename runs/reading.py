@@ -26,8 +26,7 @@ class Run:
     error: str = ""
     results: Mapping[str, Any] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, Any]] = ()
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """The settings that its command line changed, and their values."""
+    settings: Mapping[str, str] = field(default_factory=dict)  # that its command line changed
 
 
 def read_run(folder: Path) -> Run:
@@ -45,10 +44,9 @@ def read_run(folder: Path) -> Run:
 
 
 def read_text(file: Path) -> str:
-    try:
+    with suppress(OSError):
         return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return ""
 
 
 def parsed(file: Path, parse: Callable[[str], Any], kind: type) -> Any:

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import Strategy
 from peft import LoraConfig
 from safetensors import SafetensorError
 
+import utils
 from model import ADAPTER_FILE, Adapter
 from runs import checkpoint, stopping
 from runs.card import write_card
@@ -19,17 +20,6 @@ from runs.checkpoint import State
 from runs.plots import plot_loss
 from runs.runfolder import METRICS_FILE, RESULTS_FILE, folder_of, rounds_in
 from settings.schema import RunConfig, RunError, SettingsError
-from utils import (
-    PLOT_FILE,
-    append_json_line,
-    best_round,
-    bytes_sent,
-    file_sha256,
-    read_json_lines,
-    totals_so_far,
-    write_json,
-    write_whole,
-)
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +39,16 @@ class Record:
         self.metrics: list[dict[str, Any]] = []  # the lines of metrics.jsonl
         self.saved = 0  # round of the newest checkpoint
         self.own_data = False  # whether a client has rows that no other machine has
-        self._spare: set[int] = set()  # rounds that have a checkpoint only because they were the best
 
     def start(self, adapter: Adapter) -> None:
-        """The run begins with this adapter."""
         self.state = State(adapter)
 
     def restore(self, strategy: Strategy, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Resume from the newest whole checkpoint: state, strategy and metrics are as they were then.
 
-        Raises:
-            SettingsError: if the strategy's own state cannot be restored.
+        Raises SettingsError if the strategy's own state cannot be restored, or a setting or file has to be changed.
         """
-        metrics = read_json_lines(self.folder / METRICS_FILE)
+        metrics = utils.read_json_lines(self.folder / METRICS_FILE)
         whole = next((n for n, line in enumerate(metrics) if line.get("round") != n + 1), len(metrics))
         try:
             state = checkpoint.newest(self.folder, strategy, shapes, whole, self.warn)
@@ -74,7 +61,7 @@ class Record:
             )
         self.state = state or self.state
         self.saved, self.metrics = self.state.round_number, metrics[: self.state.round_number]
-        most, spent = self.config.sampling.max_bytes, sum(map(bytes_sent, self.metrics))
+        most, spent = self.config.sampling.max_bytes, sum(map(utils.bytes_sent, self.metrics))
         if most is not None and spent > most:
             raise SettingsError(f"strategy.max_bytes={most:.10g}: this run has sent {spent} bytes already; use more")
         with self._writing():
@@ -89,15 +76,12 @@ class Record:
         """Take a round down in metrics.jsonl; from here on `state` is the last whole one. A signal waits meanwhile."""
         with stopping.held():
             with self._writing():
-                append_json_line(self.folder / METRICS_FILE, line)
+                utils.append_json_line(self.folder / METRICS_FILE, line)
             self.metrics.append(line)
             self.state = state
-            number = state.round_number
-            in_turn = number % self.config.train.save_every_round == 0 or number == self.config.num_rounds
-            if in_turn or self.best == number:
-                self._spare |= set() if in_turn else {number}
+            if self.in_turn(state.round_number) or self.best == state.round_number:
                 self._save_checkpoint()
-        log.info("round %s: %s", number, line)
+        log.info("round %s: %s", state.round_number, line)
 
     def charge(self, traffic: Mapping[str, int]) -> None:
         """Count the bytes of a round that was given up to the one before it."""
@@ -109,7 +93,14 @@ class Record:
     @property
     def best(self) -> int | None:
         """The round with the best adapter, if that was measured: of clients alone, each has another."""
-        return None if self.config.baseline == "alone" else best_round(self.metrics)
+        return self.best_until(len(self.metrics))
+
+    def best_until(self, round_number: int) -> int | None:
+        return None if self.config.baseline == "alone" else utils.best_round(self.metrics[:round_number])
+
+    def in_turn(self, round_number: int) -> bool:
+        """Whether a round has a checkpoint whatever its loss."""
+        return round_number % self.config.train.save_every_round == 0 or round_number == self.config.num_rounds
 
     def keep_last_round(self) -> None:
         """When the run ends early: keep the last whole round, unless it is on disk; a failure is a warning."""
@@ -120,11 +111,9 @@ class Record:
             self.warn(f"round {self.state.round_number} is not kept: {error}")
 
     def finish(self, facts: Mapping[str, Any], waited_s: float) -> dict[str, Any]:
-        """Write the last checkpoint, train_loss.png and results.json; returns what the last holds.
+        """Write the last checkpoint, train_loss.png and results.json, with `facts` in it; returns what that holds.
 
-        Args:
-            facts: more for results.json.
-            waited_s: seconds until the first round.
+        Until the first round it took `waited_s` seconds.
         """
         self._save_checkpoint()
         folder = folder_of(self.folder, self.state.round_number)
@@ -132,30 +121,31 @@ class Record:
             "seconds": round(self.state.elapsed_s + waited_s, 3),
             **facts,
             "adapter": folder.name,
-            "adapter_sha256": file_sha256(folder / ADAPTER_FILE),
+            "adapter_sha256": utils.file_sha256(folder / ADAPTER_FILE),
         }
         with self._writing():
             title = f"{self.config.model.name}, {self.config.num_clients} clients"
-            plot_loss(self.metrics, self.folder / PLOT_FILE, title)
-            write_json(self.folder / RESULTS_FILE, summary)  # last: it says that the run is complete
+            plot_loss(self.metrics, self.folder / utils.PLOT_FILE, title)
+            utils.write_json(self.folder / RESULTS_FILE, summary)  # last: it says that the run is complete
         return summary
 
     def _save_checkpoint(self) -> None:
         """Write `peft_<round>/`, unless it is on disk, and remove the oldest beyond `train.keep_checkpoints`."""
         if self.saved == self.state.round_number:
             return
-        facts = {"quantization": self.config.model.quantization}
+        quantization = self.config.model.quantization
         with self._writing():
-            checkpoint.save(self.folder, self.state, self.lora, self.template, facts, self._write_card)
+            checkpoint.save(self.folder, self.state, self.lora, self.template, quantization, self._write_card)
             self.saved = self.state.round_number
-            checkpoint.prune(self.folder, self.config.train.keep_checkpoints, self.best, self._spare)
+            spare = [n for n in rounds_in(self.folder) if not self.in_turn(n) and self.best_until(n) == n]
+            checkpoint.prune(self.folder, self.config.train.keep_checkpoints, self.best, spare)
             checkpoint.point_to(self.folder, self.best)
 
     def _write_card(self, folder: Path) -> None:
         write_card(folder, self.config, self.lora, self.metrics, self.own_data)
 
     def _write_metrics(self) -> None:
-        write_whole(self.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.metrics))
+        utils.write_whole(self.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.metrics))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -172,16 +162,15 @@ def summary_of(metrics: list[dict[str, Any]], state: State, batch_size: int) -> 
     """What all rounds together did: the totals of metrics.jsonl, and what each client used of its rows."""
     examples = {int(p): rows for line in metrics for p, rows in line["num_examples"].items()}
     used = {p: int(min(seen, examples[p])) for p, seen in sorted(state.rows_seen.items())}
-    return totals_so_far(metrics) | {
+    sums = {key: sum(line[key] for line in metrics) for key in ("tokens", "model_loads", "tokenizations")}
+    return utils.totals_so_far(metrics) | {
         "clients_used": len(used),
         "rows_used": sum(used.values()),
         "rows_used_by_client": used,
         "rows_trained": sum(state.rows_seen.values()),
         "optimizer_steps": sum(state.rows_seen.values()) // batch_size,
-        "tokens": sum(line["tokens"] for line in metrics),
+        **sums,
         "processes": len({process for line in metrics for process in line["processes"]}),
-        "model_loads": sum(line["model_loads"] for line in metrics),
-        "tokenizations": sum(line["tokenizations"] for line in metrics),
         "dropped": sum(len(line["dropped"]) for line in metrics),
         "server_peak_memory_bytes": metrics[-1]["server_peak_memory_bytes"],
     }

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from itertools import starmap
@@ -43,13 +43,15 @@ def new_folder(below: Path) -> Path:
         except FileExistsError:
             moment += timedelta(seconds=1)
         except OSError as error:
-            raise SettingsError(
-                f"hydra.run.dir={folder}: cannot be written ({error.strerror}); choose another folder"
-            ) from error
+            raise unusable(folder, f"cannot be written ({error.strerror}); choose another folder") from error
+
+
+def unusable(folder: Path, reason: str) -> SettingsError:
+    return SettingsError(f"hydra.run.dir={folder}: {reason}")
 
 
 def run_folder(resume: str | None) -> str:
-    """`hydra.run.dir`: a new folder, or that of the run that is resumed, before Hydra writes anything there."""
+    """`hydra.run.dir`: a new folder, or that of the run that is resumed, looked at before Hydra writes there."""
     if resume:
         read_settings(Path(str(resume)))
     return str(resume or new_folder(Path("outputs")))
@@ -70,22 +72,17 @@ for resolver in (run_folder, sweep_folder):  # of conf/config.yaml; here, becaus
 def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterator[bool]:
     """`folder` for this process alone, with the settings noted; yields whether the run that is there is resumed.
 
-    Raises:
-        SettingsError: if it cannot be written, another process or run has it, or its run has other settings.
+    Raises SettingsError if it cannot be written, another process or run has it, or its run has other settings.
     """
-    try:
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # it stays: others may hold it
-    except OSError as error:
-        raise SettingsError(
-            f"hydra.run.dir={folder}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    try:
-        try:
+    with ExitStack() as stack:
+        try:  # the file stays: others may hold it
+            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise unusable(folder, "another process is at work there; wait for its end") from error
         except OSError as error:
-            raise SettingsError(
-                f"hydra.run.dir={folder}: another process is at work there; wait for its end"
-            ) from error
+            raise unusable(folder, f"cannot be written ({error.strerror}); choose another folder") from error
         content: dict[str, Any] = {
             "overrides": [text for text in overrides if not RESUME.match(text)],
             "settings": asdict(config),
@@ -105,8 +102,6 @@ def claimed(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterat
             with suppress(OSError):
                 write_whole(folder / ERROR_FILE, f"{error or repr(error)}\n")
             raise
-    finally:
-        os.close(lock)
 
 
 def has_rounds(folder: Path) -> bool:
@@ -115,15 +110,9 @@ def has_rounds(folder: Path) -> bool:
 
 
 def check_same(folder: Path, config: RunConfig) -> dict[str, Any]:
-    """What `config` changes of the run in `folder`.
-
-    Raises:
-        SettingsError: if that run should not be resumed, or had settings that give other results.
-    """
+    """What `config` changes of the run in `folder`. Raises SettingsError if that is not allowed, or not asked for."""
     if not (config.resume or config.resume_sweep):
-        raise SettingsError(
-            f"hydra.run.dir={folder}: holds the results of another run; choose another folder, or resume={folder}"
-        )
+        raise unusable(folder, f"holds the results of another run; choose another folder, or resume={folder}")
     changed = changed_settings(folder, config)
     for key, (old, new) in changed.items():
         if not covers(MAY_CHANGE, key):
@@ -138,19 +127,20 @@ def has_more_room(folder: Path, config: RunConfig, results: Mapping[str, Any]) -
 
 def changed_settings(folder: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Settings of the run in `folder` that `config` has otherwise: before and now."""
-    return differences(read_settings(folder)["settings"], json.loads(json.dumps(asdict(config))))
+    now = json.loads(json.dumps(asdict(config)))
+    return {key: (old, new) for key, old, new in differences(read_settings(folder)["settings"], now)}
 
 
 def check_data(folder: Path, facts: Mapping[str, Any]) -> None:
     """Note a fingerprint of the data; raise SettingsError if the run in `folder` was started with other data."""
     content = read_settings(folder)
-    before = content.get("data") or facts
-    for key, then, now in (("name", before, facts), ("eval_name", before.get("held_out"), facts.get("held_out"))):
-        same = {k: v for k, v in (then or {}).items() if k != "held_out"}
-        if same != {k: v for k, v in (now or {}).items() if k != "held_out"}:
+    both = [content.get("data") or facts, facts]
+    for key, found in (("name", both), ("eval_name", [facts.get("held_out") or {} for facts in both])):
+        then, now = ({name: fact for name, fact in facts.items() if name != "held_out"} for facts in found)
+        if then != now:
             raise SettingsError(
                 f"dataset.{key}={content['settings']['dataset'][key]}: the run in {folder} was started with other rows "
-                f"({(then or {}).get('rows')} then, {(now or {}).get('rows')} now); put them back to resume it"
+                f"({then.get('rows')} then, {now.get('rows')} now); put them back to resume it"
             )
     write_json(folder / SETTINGS_FILE, content | {"data": dict(facts)})
 
@@ -160,31 +150,27 @@ def command_to_resume(folder: Path, sweep: Path | None = None) -> str:
     if sweep and (sweep / "multirun.yaml").exists():
         return f"python main.py {to_type('resume_sweep', str(sweep))}"
     if rounds_in(folder) and not (folder / RESULTS_FILE).exists():
-        again = dict(reaching(read_settings(folder)["settings"]))
-        return " ".join(["python main.py", *starmap(to_type, {"resume": str(folder), **again}.items())])
+        values = [("resume", str(folder)), *reaching(read_settings(folder)["settings"])]
+        return " ".join(["python main.py", *starmap(to_type, values)])
     return ""
 
 
-RUN_FOLDER_LOOK = (
-    "a run folder holds peft_<round>/ folders, each with adapter_config.json and adapter_model.safetensors"
-)
+LOOK = "a run folder holds peft_<round>/ folders, each with adapter_config.json and adapter_model.safetensors"
 
 
 def find_checkpoint(name: str) -> Path:
     """The adapter folder that `--peft-path` means: itself, or the last checkpoint of a run folder.
 
-    Raises:
-        SettingsError: if there is none, or it says itself that it is damaged.
+    Raises SettingsError if there is none, or it says itself that it is damaged.
     """
     folder = Path(os.path.expanduser(name))  # noqa: PTH111  Path's own raises for the home of nobody
     if os.path.isfile(folder):
         raise SettingsError(f"--peft-path={name}: is a file; name the folder in which the adapter lies")
     if not os.path.isdir(folder):
-        raise SettingsError(f"--peft-path={name}: no such folder; {RUN_FOLDER_LOOK}")
+        raise SettingsError(f"--peft-path={name}: no such folder; {LOOK}")
     if not os.path.isfile(folder / "adapter_config.json"):
-        rounds = rounds_in(folder)
-        if not rounds:
-            raise SettingsError(f"--peft-path={name}: no adapter here; {RUN_FOLDER_LOOK}")
+        if not (rounds := rounds_in(folder)):
+            raise SettingsError(f"--peft-path={name}: no adapter here; {LOOK}")
         folder = folder_of(folder, rounds[0])
     if (folder / DIGESTS_FILE).exists() and (torn := torn_files(folder)):
         raise SettingsError(f"--peft-path={folder}: damaged ({', '.join(torn)}); name another checkpoint")

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -41,7 +41,8 @@ def stop(number: int, _frame: Any) -> None:
     if not holding:
         raise Stopped(number)
     waiting.append(number)
-    os.write(2, b"\nstopping as soon as this round is on disk; once more stops at once\n")
+    with suppress(OSError):  # a reader that is gone
+        os.write(2, b"\nstopping as soon as this round is on disk; once more stops at once\n")
 
 
 @contextmanager

@@ -1,37 +1,19 @@
 """Standard output and error that never end a run: what cannot be written there is dropped; main.log has it."""
 
+import io
 import os
 import sys
-from contextlib import suppress
 from typing import Any
 
 
-class Steady:
-    """A text stream over `stream`; when that fails (a reader that is gone, a full device), the rest goes nowhere."""
+class Steady(io.FileIO):
+    """A file that takes whatever comes, also when nothing can be written (a reader that is gone, a full device)."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
+    def write(self, data: Any) -> int:
         try:
-            return int(self.stream.write(text))
-        except (OSError, ValueError):
-            self.give_up()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.give_up()
-
-    def give_up(self) -> None:
-        """Let the stream's file be the null device, so that what is left in its buffer can be written."""
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
 
 
 def keep_output() -> None:
@@ -41,9 +23,10 @@ def keep_output() -> None:
             os.fstat(number)
         except OSError:  # closed: else the next file that is opened would get its number
             os.open(os.devnull, os.O_RDWR)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: PTH123, SIM115  None where it was closed
-        with suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="backslashreplace")
-        if not isinstance(stream, Steady):
-            setattr(sys, name, Steady(stream))
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)  # None where it was closed
+        if stream is getattr(sys, f"__{name}__"):  # and not one that a notebook or a test has put there
+            raw = io.BufferedWriter(Steady(number, "w", closefd=False))
+            by_line, at_once = not stream or stream.line_buffering, bool(stream and stream.write_through)
+            encoding = stream.encoding if stream else None
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", None, by_line, at_once))

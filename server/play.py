@@ -9,8 +9,7 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from dataset import alarm
-from runs.progress import RunProgress, summary_line
-from runs.tracking import start_tracker
+from runs.progress import RunProgress, start_tracker, summary_line
 from server.federation import Federation
 from server.plan import Inputs
 from settings.schema import RunConfig

@@ -10,14 +10,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-ALIASES = {"fraction_fit.fraction_fit": "strategy.fraction_fit"}
+ALIAS = re.compile(r"^\+{0,2}fraction_fit\.fraction_fit=")
 PATHS = ("dataset.name", "dataset.eval_name", "dataset.template", "model.name")
 
 
 def canonical(overrides: Sequence[str]) -> list[str]:
-    """Overrides with documented other spellings of a key replaced by the key, and paths that are there in quotes."""
-    pattern = re.compile(r"^\+{0,2}(" + "|".join(map(re.escape, ALIASES)) + ")=")
-    return [pattern.sub(lambda found: ALIASES[found[1]] + "=", in_quotes(override)) for override in overrides]
+    """Overrides with the documented other spelling of a key replaced by the key, and paths that are there in quotes."""
+    return [ALIAS.sub("strategy.fraction_fit=", in_quotes(override)) for override in overrides]
 
 
 def in_quotes(override: str) -> str:

@@ -4,41 +4,24 @@ Every default is written in conf/policy.yaml, with what it means.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from settings import schema
 from settings.lora import check_lora
 from settings.resume import flat
-from settings.schema import (
-    CONFIG_FOLDER,
-    MISSING,
-    STRICT,
-    Number,
-    RunConfig,
-    SettingsError,
-    Whole,
-    made,
-    public,
-    required,
-    suggest,
-)
+from settings.schema import CONFIG_FOLDER, STRICT, Number, RunConfig, SettingsError, Whole, made, public, required
 
-POLICY_FILE = CONFIG_FOLDER / "policy.yaml"
 WIDE = ("modules_to_save", "target_parameters", "lora_bias")  # fields of model.lora that train more than low ranks
-
-
-def listed(what: str) -> Any:
-    return Field(default=MISSING, description=what)
 
 
 @dataclass(kw_only=True, config=STRICT)
 class Policy:
-    pinned: dict[str, Any] = listed("KEY: VALUE, settings that a run must have")
+    pinned: dict[str, Any] = required(description="KEY: VALUE, settings that a run must have")
     min_step_rows: Whole = required(ge=1)
     min_held_out_rows: Whole = required(ge=1)
     max_steps: Whole = required(ge=1)
@@ -50,32 +33,21 @@ class Policy:
     max_rank: Whole = required(ge=1)
     max_message_bytes: Number = required(gt=0)
     train_embeddings: bool = required()
-    target_modules: list[str] | None = listed("a list of module names, or null")
-    optimizers: list[str] = listed("a list of names")
-    training_arguments: list[str] = listed("a list of fields of trl.SFTConfig")
+    target_modules: list[str] | None = required(description="a list of module names, or null")
+    optimizers: list[str] = required(description="a list of names")
+    training_arguments: list[str] = required(description="a list of fields of trl.SFTConfig")
 
 
 def read_policy(path: Path | None = None) -> Policy:
-    """The policy in a file, or the default one; what a file leaves out is as in conf/policy.yaml.
-
-    Raises:
-        SettingsError: if it cannot be read, or a key is unknown or has a wrong value.
-    """
-    values = yaml.safe_load(POLICY_FILE.read_text(encoding="utf-8"))
-    known = [entry.name for entry in fields(Policy)]
-    if path is not None:
-        try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SettingsError(f"--policy={path}: cannot be read ({error})") from error
-        if not isinstance(given, Mapping):
-            raise SettingsError(f"--policy={path}: use lines of KEY: VALUE, as in conf/policy.yaml")
-        for key in given:
-            if key not in known:
-                raise SettingsError(f"--policy={path}: {key}: there is no such limit{suggest(str(key), known)}")
-        values |= given
+    """The policy in a file that says what is not as in conf/policy.yaml. Raises SettingsError for a wrong line."""
+    values = yaml.safe_load((CONFIG_FOLDER / "policy.yaml").read_text(encoding="utf-8"))
     try:
-        policy: Policy = made(Policy, values)
+        given = yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path else {}
+        if not isinstance(given, Mapping):
+            raise SettingsError("use lines of KEY: VALUE, as in conf/policy.yaml")
+        policy: Policy = made(Policy, values | {str(key): value for key, value in given.items()})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"--policy={path}: cannot be read ({error})") from error
     except SettingsError as error:
         raise SettingsError(f"--policy={path}: {error}") from error
     return policy
@@ -110,40 +82,30 @@ def check_policy(policy: Policy, config: RunConfig) -> None:
         ("evaluate.max_new_tokens", evaluate.max_new_tokens, policy.max_new_tokens, "max_new_tokens"),
         ("model.lora.r", lora.get("r", 0), policy.max_rank, "max_rank"),
     ]
+    ranks = lora.get("rank_pattern") or {}
+    limits += [(f"model.lora.rank_pattern.{name}", rank, policy.max_rank, "max_rank") for name, rank in ranks.items()]
     for key, value, most, name in limits:
-        if not isinstance(value, int | float) or value > most:
+        if not value <= most:
             raise refusal(key, value, f"at most {most:g} ({name})")
     if 0 < evaluate.answers < policy.min_held_out_rows:
         limit = f"none, or answers to at least {policy.min_held_out_rows} rows (min_held_out_rows)"
         raise refusal("evaluate.answers", evaluate.answers, limit)
-    check_rank_patterns(policy, lora)
     for key in () if policy.train_embeddings else WIDE:
         if lora.get(key):
             raise refusal(f"model.lora.{key}", lora[key], "only linear layers to be trained (train_embeddings)")
 
 
 def check_pinned(policy: Policy, config: RunConfig) -> None:
-    settings = dict(flat(asdict(config)))
-    for key, wanted in flat(policy.pinned):
+    settings = dict(flat(asdict(config), lists=False))
+    for key, wanted in flat(policy.pinned, lists=False):
         if key not in settings:
-            raise SettingsError(f"policy: pinned: {key}: there is no such setting{suggest(key, list(settings))}")
+            raise SettingsError(f"policy: pinned: {key}: there is no such setting{schema.suggest(key, list(settings))}")
         if settings[key] != wanted and str(settings[key]) != str(wanted):
             raise refusal(key, settings[key], f"only {wanted} (pinned)")
 
 
-def check_rank_patterns(policy: Policy, lora: Mapping[str, Any]) -> None:
-    patterns = lora.get("rank_pattern") or {}
-    for name, rank in patterns.items() if isinstance(patterns, Mapping) else [("", patterns)]:
-        if not isinstance(rank, int) or rank > policy.max_rank:
-            raise refusal(f"model.lora.rank_pattern.{name}", rank, f"at most {policy.max_rank} (max_rank)")
-
-
 def check_adapter(policy: Policy, tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise SettingsError if an adapter trains a layer that `policy` does not allow.
-
-    Args:
-        tensors: names and shapes of the adapter, as PEFT names them.
-    """
+    """Raise SettingsError if an adapter with these `tensors`, by PEFT's names, trains a layer that is not allowed."""
     for name in tensors:
         module = name.partition(".lora_")[0]
         if not policy.train_embeddings and (".lora_" not in name or ".lora_embedding" in name):

@@ -1,7 +1,8 @@
-"""Resume: the settings that a run noted, and what is given now laid over them.
+"""Resume: the settings that a run or a sweep noted, and what is given now laid over them.
 
 A run folder may be a stranger's. What it notes is only ever read as values: no command line of another person is run
 again, no interpolation is resolved, and a value that reaches beyond the run has to be given again by the user.
+docs/design.md follows a resume through all modules.
 """
 
 import json
@@ -53,9 +54,7 @@ def with_noted(noted: Mapping[str, Any], values: Mapping[str, Any], overrides: S
     """The settings of a run that noted `noted`, with those of `values` that are given now among `overrides`.
 
     What is noted alike need not be given, and changes nothing; what the run did not know has the value of `values`.
-
-    Raises:
-        SettingsError: if a group of settings is given, or a noted value reaches beyond the run and is not given again.
+    Raises SettingsError if a group is given, or a noted value reaches beyond the run and is not given again.
     """
     noted_settings, known = noted["settings"], noted["overrides"]
     unsafe, given = dict(reaching(noted_settings)), []
@@ -76,8 +75,7 @@ def with_noted(noted: Mapping[str, Any], values: Mapping[str, Any], overrides: S
     base, now = OmegaConf.create(settings), OmegaConf.create(dict(values))
     for key in given:
         OmegaConf.update(base, key, OmegaConf.select(now, key), merge=False, force_add=True)
-    result: dict[str, Any] = OmegaConf.to_container(base)  # type: ignore[assignment]
-    return result
+    return OmegaConf.to_container(base)  # type: ignore[return-value]
 
 
 def reaching(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -95,35 +93,29 @@ def reaching(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of all that is inside `value`, with what stands there."""
-    if isinstance(value, list | tuple):
+def flat(value: Any, key: str = "", *, lists: bool = True) -> Iterator[tuple[str, Any]]:
+    """Dotted keys of all that is inside `value`, with what stands there; by default what is inside of lists too."""
+    if lists and isinstance(value, list | tuple):
         value = dict(enumerate(value))
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from flat(inner, f"{key}.{name}".lstrip("."))
+            yield from flat(inner, f"{key}.{name}".lstrip("."), lists=lists)
     else:
         yield key, value
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Dotted keys whose values differ, with both."""
-    found: dict[str, tuple[Any, Any]] = {}
     for key in {**before, **now}:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found |= differences(old, new, f"{prefix}{key}.")
+            yield from differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found[prefix + key] = (old, new)
-    return found
+            yield prefix + key, old, new
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What `claimed` noted in settings.json.
-
-    Raises:
-        SettingsError: if that file is missing or damaged, or the folder holds links.
-    """
+    """What `claimed` noted. Raises SettingsError if that is missing or damaged, or the folder holds links."""
     if not folder.is_dir():
         raise SettingsError(f"resume={folder}: there is no such folder")
     if any((folder / name).exists() for name in ("multirun.yaml", "adapter_config.json")):
@@ -152,8 +144,7 @@ def check_no_links(key: str, folder: Path) -> None:
 def resumed_sweep(arguments: Sequence[str]) -> list[str]:
     """The command line that `resume_sweep=FOLDER` stands for: the sweep's own in its own folder, and what may change.
 
-    Raises:
-        SettingsError: if there is no sweep in the folder, or it had other settings than those given beside.
+    Raises SettingsError if there is no sweep in the folder, or it had other settings than those given beside.
     """
     mark = "resume_sweep="
     place = next((parsed(text).value() for text in reversed(arguments) if text.lstrip("+").startswith(mark)), None)

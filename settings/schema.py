@@ -1,18 +1,19 @@
 """Typed settings: what `conf/` may say, and one clear line for whatever it may not.
 
-Every default is written in `conf/`; this schema holds types, meanings and rules. settings/compose.py makes a
-`RunConfig` of Hydra's overrides. Imports nothing of ours.
+`conf/` says of every setting what it means and what it is by default; this schema holds types and rules.
+settings/compose.py makes a `RunConfig` of Hydra's overrides. Imports nothing of ours.
 """
 
 import difflib
-import inspect
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from inspect import signature
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "conf"
@@ -74,64 +75,38 @@ def passed_on() -> Any:
 @dataclass(kw_only=True, config=STRICT)
 class ModelConfig:
     name: str = required()
-    """Hub id or local folder of the base model."""
     quantization: str = required(pattern="^(4|8|none)$", description="one of 4, 8, none")
-    """Bits of the frozen weights. The adapter is always float32."""
     trust_remote_code: bool = required()
-    """Run Python code that the model's repository brings along."""
     cache_folder: str | None = required()
-    """Keep the quantized base model here, so that it loads many times faster the next time."""
     lora: dict[str, Any] = passed_on()
-    """Fields of `peft.LoraConfig`."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class DatasetConfig:
     name: str = required()
-    """Hub id, or a local JSON, JSONL, CSV or Parquet file, or a folder of them."""
     subset: str | None = required()
-    """Configuration of a Hub data set, of `eval_name` too; null for the only one."""
     split: str = required()
-    """Split of a Hub data set, or of a folder whose files are named after theirs."""
     columns: dict[str, Any] = passed_on()
-    """Which column is the instruction, input, output, system, history, messages, tools, prompt, completion or text;
-    those that are not set are found by their names, and null leaves one out."""
     train_on: Literal["all", "last"] = required()
-    """Answers of a conversation that carry loss."""
     eval_name: str | None = required()
-    """As `name`: rows that nobody trains on, for `evaluate.every_rounds`."""
     eval_split: str = required()
-    """As `split`, of `eval_name`."""
     category_column: str = required()
-    """Column by whose values held-out rows are also evaluated, where the data has it."""
     template: str = required()
-    """A template of conf/template, a Jinja chat template's path, or `tokenizer` for the model's own."""
     holdout: Number = required(ge=0, le=0.5)
-    """Share of each partition's different rows that is never trained on, for evaluation on the clients."""
     partitioner: dict[str, Any] = passed_on()
-    """`_target_`: a flwr_datasets partitioner; the rest are its arguments."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class TrainConfig:
     learning_rate_max: Number = required(gt=0, le=1)
-    """Learning rate of the first round."""
     learning_rate_min: Number = required(ge=0, le=1)
-    """Learning rate of the last round; cosine in between, constant within a round."""
     baseline_learning_rate_max: Number | None = required(gt=0, le=1)
-    """Learning rate of the first round where `baseline` is set; null for the same."""
     seq_length: Whole = required(ge=16)
-    """Longest row, in tokens, prompt and response together."""
     micro_batch_size: Whole = required(ge=1)
-    """Rows in one forward pass. It does not change the gradient, only memory and padding."""
     save_every_round: Whole = required(ge=1)
-    """Rounds between two checkpoints; the last round is always saved."""
     keep_checkpoints: Whole | None = required(ge=1)
-    """How many checkpoints to keep besides the one with the lowest held-out loss; null keeps all."""
     early_stop_rounds: Whole | None = required(ge=1)
-    """The run ends when the held-out loss was lowest this many rounds ago; null never."""
     training_arguments: dict[str, Any] = passed_on()
-    """Fields of `trl.SFTConfig`."""
 
     @property
     def batch_size(self) -> int:
@@ -144,45 +119,12 @@ class TrainConfig:
         """Most tokens of one pass, padding included, in training, evaluation and answering."""
         return min(self.micro_batch_size, self.batch_size) * self.seq_length
 
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        arguments = self.training_arguments
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
-            value = arguments.get(key)
-            if type(value) is not int or value < 1:
-                raise SettingsError(f"train.training_arguments.{key}={value}: use a whole number of at least 1")
-        value = arguments.get("gradient_checkpointing", False)
-        if value is not True and value is not False and value != "auto":
-            raise SettingsError(
-                f"train.training_arguments.gradient_checkpointing={value}: use true, false, or auto (off where memory "
-                "allows)"
-            )
-        if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type", "constant") == "constant":
-            raise SettingsError(
-                f"train.training_arguments.warmup_steps={arguments['warmup_steps']}: has no effect on a constant rate; "
-                "set train.training_arguments.lr_scheduler_type=constant_with_warmup too"
-            )
-        if self.learning_rate_min > self.learning_rate_max:
-            raise SettingsError(
-                f"train.learning_rate_min={self.learning_rate_min}: use at most train.learning_rate_max, "
-                f"which is {self.learning_rate_max}"
-            )
-        if self.batch_size % min(self.micro_batch_size, self.batch_size):
-            raise SettingsError(
-                f"train.micro_batch_size={self.micro_batch_size}: use a divisor of the {self.batch_size} rows of one "
-                "step (per_device_train_batch_size x gradient_accumulation_steps)"
-            )
-        return self
-
 
 @dataclass(kw_only=True, config=STRICT)
 class EvaluateConfig:
     every_rounds: Whole = required(ge=1)
-    """Rounds between two evaluations on `dataset.eval_name`; also before the first round and after the last."""
     answers: Whole = required(ge=0)
-    """Held-out rows that are also answered, greedily, for exact match and ROUGE-L."""
     max_new_tokens: Whole = required(ge=1)
-    """Longest answer, in tokens."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -190,44 +132,24 @@ class SamplingConfig:
     """The keys of `strategy` that are ours; all others go to the strategy's constructor."""
 
     fraction_fit: Number = required(gt=0, le=1)
-    """Share of the clients that train in a round."""
     fraction_evaluate: Number = required(ge=0, le=1)
-    """Share of the clients that evaluate the new adapter on their held-out rows after a round."""
     round_timeout_s: Number = required(gt=0)
-    """Seconds after which a round goes on without the clients that have not answered."""
     min_replies: Whole = required(ge=1)
-    """Good replies that a round needs."""
     round_retries: Whole = required(ge=0)
-    """How often a round with too few good replies asks other clients, before the run ends."""
     max_norm_ratio: Number | None = required(gt=1)
-    """An update whose norm is above this many times the round's median is dropped; null accepts all."""
     max_bytes: Number | None = required(ge=1)
-    """Bytes of adapters, down and up: the run ends before the round that would exceed them; null never."""
     final_wait_s: Number = required(ge=0)
-    """Seconds for which sites that are away at the end are waited for, to hand them the adapter."""
 
 
 @dataclass(kw_only=True, config=STRICT)
 class ClientResources:
     num_cpus: Whole = required(ge=1)
-    """CPU cores, and compute threads, of one worker."""
     num_gpus: Number = required(ge=0)
-    """GPUs of one worker: 0 trains on the CPU; 0.5 puts two workers, with a base model each, on one GPU."""
-
-    @model_validator(mode="after")
-    def trains_on_one_gpu(self) -> Self:
-        if self.num_gpus > 1:
-            raise SettingsError(
-                f"client_resources.num_gpus={self.num_gpus:g}: a worker trains on one GPU; set "
-                "client_resources.num_gpus=1, and each further GPU trains another client of the round"
-            )
-        return self
 
 
 @dataclass(kw_only=True, config=STRICT)
 class RayConfig:
     address: str | None = required()
-    """Address of a running Ray cluster (or `auto`); null: Ray is started on this machine, for this run."""
 
 
 @dataclass(kw_only=True, config=STRICT)
@@ -237,26 +159,17 @@ class RunConfig:
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     strategy: dict[str, Any] = passed_on()
-    """`_target_`: any Flower strategy; `SamplingConfig` and the strategy's own arguments."""
     client_resources: ClientResources = Field(default_factory=ClientResources)
     ray: RayConfig = Field(default_factory=RayConfig)
     num_clients: Whole = required(ge=1)
-    """Participants, each with one partition of the data."""
     num_rounds: Whole = required(ge=1)
     seed: Whole = required(ge=0, le=2**31 - 1)
-    """The same seed gives the same adapter, bit for bit on a CPU."""
     transfer: Literal["fp32", "fp16", "int8"] = required()
-    """How adapters travel: whole in float32, or as differences in float16 or 8-bit integers."""
     baseline: Literal["alone", "central"] | None = required()
-    """What to train instead of the federation, with as many optimizer steps, to compare it with. See `as_baseline`."""
     dry_run: bool = required()
-    """Print what the run would do and take, instead of running it."""
     tracker: Tracker | None = required()
-    """Where the numbers of each round go besides metrics.jsonl, through accelerate's trackers."""
     resume: str | None = required()
-    """Folder of an interrupted run: it resumes from its last checkpoint."""
     resume_sweep: str | None = required()
-    """Folder of an interrupted sweep: its complete jobs are not run again."""
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -265,12 +178,10 @@ class RunConfig:
 
     @property
     def batch_size(self) -> int:
-        """Rows of one optimizer step."""
         return self.train.batch_size
 
     @property
     def clients_per_round(self) -> int:
-        """Clients that train in a round."""
         return share_of(self.num_clients, self.sampling.fraction_fit)
 
     @property
@@ -300,55 +211,71 @@ def share_of(count: int, fraction: float) -> int:
 
 
 def check_together(config: RunConfig) -> None:
-    """Rules that span several sections."""
+    """Raise SettingsError for the first rule that a value breaks beside others, or beside its type and range."""
+    if fault := next(chain(faults_of_training(config.train), faults_of_run(config)), None):
+        raise SettingsError(fault)
+
+
+def faults_of_training(train: TrainConfig) -> Iterator[str]:
+    arguments, key = train.training_arguments, "train.training_arguments"
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
+        if type(value := arguments.get(name)) is not int or value < 1:
+            yield f"{key}.{name}={value}: use a whole number of at least 1"
+    value = arguments.get("gradient_checkpointing", False)
+    if not isinstance(value, bool) and value != "auto":
+        yield f"{key}.gradient_checkpointing={value}: use true, false, or auto (off where memory allows)"
+    if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type", "constant") == "constant":
+        yield (
+            f"{key}.warmup_steps={arguments['warmup_steps']}: has no effect on a constant rate; "
+            f"set {key}.lr_scheduler_type=constant_with_warmup too"
+        )
+    lowest, highest = train.learning_rate_min, train.learning_rate_max
+    if lowest > highest:
+        yield f"train.learning_rate_min={lowest}: use at most train.learning_rate_max, which is {highest}"
+    if train.batch_size % min(train.micro_batch_size, train.batch_size):
+        yield (
+            f"train.micro_batch_size={train.micro_batch_size}: use a divisor of the {train.batch_size} rows of one "
+            "step (per_device_train_batch_size x gradient_accumulation_steps)"
+        )
+
+
+def faults_of_run(config: RunConfig) -> Iterator[str]:
     train, sampling, num_clients = config.train, config.sampling, config.num_clients
-    if config.baseline and train.learning_rate_min > (train.baseline_learning_rate_max or train.learning_rate_max):
-        raise SettingsError(
-            f"train.baseline_learning_rate_max={train.baseline_learning_rate_max}: use at least "
-            f"train.learning_rate_min, which is {train.learning_rate_min}"
+    if (count := config.client_resources.num_gpus) > 1:
+        yield (
+            f"client_resources.num_gpus={count:g}: a worker trains on one GPU; set client_resources.num_gpus=1, and "
+            "each further GPU trains another client of the round"
         )
+    lowest, highest = train.learning_rate_min, train.baseline_learning_rate_max
+    if config.baseline and lowest > (highest or train.learning_rate_max):
+        yield f"train.baseline_learning_rate_max={highest}: use at least train.learning_rate_min, which is {lowest}"
+    none_of = f"selects none of num_clients={num_clients}; use"
     if not config.clients_per_round:
-        raise SettingsError(
-            f"strategy.fraction_fit={sampling.fraction_fit}: selects none of num_clients={num_clients}; "
-            f"use at least {1 / num_clients:g}"
-        )
+        yield f"strategy.fraction_fit={sampling.fraction_fit}: {none_of} at least {1 / num_clients:g}"
     if sampling.min_replies > config.clients_per_round:
-        raise SettingsError(
+        yield (
             f"strategy.min_replies={sampling.min_replies}: a round has {config.clients_per_round} clients "
             "(num_clients x strategy.fraction_fit); use at most that, or a larger strategy.fraction_fit"
         )
     share = sampling.fraction_evaluate
+    key = f"strategy.fraction_evaluate={share}"
     if share and not share_of(num_clients, share) and config.baseline != "central":  # whose one client always does
-        raise SettingsError(
-            f"strategy.fraction_evaluate={share}: selects none of num_clients={num_clients}; use 0, or at least "
-            f"{1 / num_clients:g}"
-        )
+        yield f"{key}: {none_of} 0, or at least {1 / num_clients:g}"
     if share and not config.dataset.holdout:
-        raise SettingsError(
-            f"strategy.fraction_evaluate={share}: clients have no rows to evaluate on; "
-            "set dataset.holdout, for example 0.05"
-        )
-    if train.early_stop_rounds and not config.is_measured:
-        raise SettingsError(
-            f"train.early_stop_rounds={train.early_stop_rounds}: nothing is held out to measure; set "
-            "dataset.eval_name, or strategy.fraction_evaluate"
-        )
-    if train.early_stop_rounds and train.early_stop_rounds >= config.num_rounds:
-        raise SettingsError(
-            f"train.early_stop_rounds={train.early_stop_rounds}: cannot end a run of num_rounds={config.num_rounds}; "
-            "use less"
-        )
+        yield f"{key}: clients have no rows to evaluate on; set dataset.holdout, for example 0.05"
+    patience = train.early_stop_rounds
+    key = f"train.early_stop_rounds={patience}"
+    if patience and not config.is_measured:
+        yield f"{key}: nothing is held out to measure; set dataset.eval_name, or strategy.fraction_evaluate"
+    if patience and patience >= config.num_rounds:
+        yield f"{key}: cannot end a run of num_rounds={config.num_rounds}; use less"
     for key, section in (("strategy", config.strategy), ("dataset.partitioner", config.dataset.partitioner)):
         if not isinstance(section.get("_target_"), str):
-            raise SettingsError(f"{key}._target_={section.get('_target_')}: use the import path of a class")
+            yield f"{key}._target_={section.get('_target_')}: use the import path of a class"
 
 
 def check_budget(config: RunConfig, payload_bytes: int, once_bytes: int) -> None:
-    """Raise SettingsError if `strategy.max_bytes` is not even enough for the first round.
-
-    Args:
-        once_bytes: that one client sends before it.
-    """
+    """Raise SettingsError if `strategy.max_bytes` is not enough for the first round; `once_bytes` go before it."""
     most = config.sampling.max_bytes
     count = sum(config.evaluations_after(number, config.num_clients) for number in (0, 1))
     first = payload_bytes * (2 * config.clients_per_round + count) + once_bytes
@@ -365,45 +292,43 @@ def as_baseline(config: RunConfig) -> RunConfig:
     """
     if config.baseline is None:
         return config
-    longer = config.clients_per_round
-    strategy = {
-        key: value for key, value in config.strategy.items() if key in (f.name for f in fields(SamplingConfig))
-    } | {"fraction_fit": 1.0, "min_replies": 1, "max_norm_ratio": None, "max_bytes": None}
+    longer, train, dataset = config.clients_per_round, config.train, config.dataset
+    strategy: dict[str, Any] = {"fraction_fit": 1.0, "min_replies": 1, "max_norm_ratio": None, "max_bytes": None}
     if config.baseline == "central":
         strategy["_target_"] = "flwr.serverapp.strategy.FedAvg"
-        partitioner: dict[str, Any] = {"_target_": "flwr_datasets.partitioner.IidPartitioner"}
+        dataset = replace(dataset, partitioner={"_target_": "flwr_datasets.partitioner.IidPartitioner"})
     else:
         strategy["_target_"] = "server.strategies.Alone"
-        partitioner = config.dataset.partitioner
     return replace(
         config,
         num_clients=1 if config.baseline == "central" else config.num_clients,
         num_rounds=longer * config.num_rounds,
-        strategy=strategy,
-        dataset=replace(config.dataset, partitioner=partitioner),
+        strategy=asdict(config.sampling) | strategy,
+        dataset=dataset,
         train=replace(
-            config.train,
-            learning_rate_max=config.train.baseline_learning_rate_max or config.train.learning_rate_max,
-            save_every_round=longer * config.train.save_every_round,
+            train,
+            learning_rate_max=train.baseline_learning_rate_max or train.learning_rate_max,
+            save_every_round=longer * train.save_every_round,
             early_stop_rounds=None,
         ),
         evaluate=replace(config.evaluate, every_rounds=longer * config.evaluate.every_rounds),
     )
 
 
-def check_keywords(key: str, given: Mapping[str, Any], target: Any, managed: Mapping[str, str] | None = None) -> None:
+def check_keywords(key: str, given: Mapping[str, Any], target: Any, managed: Mapping[str, str]) -> None:
     """Raise SettingsError for a keyword that `target` lacks, or that another setting (`managed`) decides."""
-    parameters = inspect.signature(target).parameters
-    known = [name for name in parameters if name not in ("self", "args", "kwargs")]
+    parameters = signature(target).parameters.items()
+    known = {name: rule.default for name, rule in parameters if name not in ("args", "kwargs")}
     for name, value in given.items():
-        if managed and name in managed:
-            raise SettingsError(f"{key}.{name}={given[name]}: decided by this suite; {managed[name]}")
-        if name not in known and name != "_target_":
+        if name in managed:
+            raise SettingsError(f"{key}.{name}={value}: decided by this suite; {managed[name]}")
+        if name == "_target_":
+            continue
+        if name not in known:
             ours = [own.name for own in fields(SamplingConfig)] if key == "strategy" else []
             hint = suggest(name, [*known, *ours])
-            raise SettingsError(f"{key}.{name}={given[name]}: {target.__name__} has no such field{hint}")
-        default = parameters[name].default if name in parameters else None
-        if type(default) in (int, float) and (isinstance(value, str) or value is None):
+            raise SettingsError(f"{key}.{name}={value}: {target.__name__} has no such field{hint}")
+        if type(known[name]) in (int, float) and (isinstance(value, str) or value is None):
             raise SettingsError(f"{key}.{name}={value}: use a number")
 
 
@@ -415,17 +340,11 @@ BOUNDS = {  # as pydantic's JSON schemas name them
 
 
 def made(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """The settings of this `kind` that have these `values`.
-
-    Raises:
-        SettingsError: for the first that is unknown, of another type, out of range, or does not fit the others.
-    """
+    """The settings of this `kind`. Raises SettingsError for the first that is unknown, or of a wrong type or range."""
     try:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        if isinstance(reason := first.get("ctx", {}).get("error"), SettingsError):
-            raise reason from error
         whole = rule = TypeAdapter(kind).json_schema()
         value, key = values, prefix.rstrip(".")
         for name in first["loc"]:
@@ -435,7 +354,7 @@ def made(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
             rule = whole["$defs"][rule["$ref"].rpartition("/")[2]] if "$ref" in rule else rule
         if first["type"] == "unexpected_keyword_argument":
             key = f"{key}.{first['loc'][-1]}".lstrip(".")
-            raise SettingsError(f"{key}: there is no such setting{suggest(key, setting_names())}") from error
+            raise SettingsError(f"{key}: there is no such setting{suggest(key, setting_names(kind))}") from error
         raise SettingsError(f"{key}={'null' if value is None else value}: {allowed(key, value, rule)}") from error
 
 

@@ -209,6 +209,11 @@ def test_owner_may_pin_settings_and_widen_limits(tmp_path):
         file.write_text(text)
         with pytest.raises(SettingsError, match=words):
             read_policy(file)
+    file.write_text("pinned: {model.lora.target_modules: [q_proj]}")
+    lora = "experiment=quickstart model.lora.target_modules"
+    accepted(f"{lora}=[q_proj]", PRIVATE, read_policy(file))
+    with pytest.raises(SettingsError, match=r"allows only \['q_proj'\] \(pinned\)"):
+        accepted(f"{lora}=[q_proj,v_proj]", PRIVATE, read_policy(file))
 
 
 @pytest.fixture

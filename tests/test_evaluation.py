@@ -418,6 +418,15 @@ def test_early_stop_ends_where_a_hand_calculation_says(tmp_path):
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
 
+def test_checkpoints_that_were_the_best_for_a_while_go_after_a_resume_too(tmp_path):
+    config, values = small(*TEN), losses(9, 5, 4, 3, 3.5, 2, 6, 1, 7, 8, 9)
+    for stopped_in in (3, 5):  # rounds 2 and 4 are written; 2 was the best until then, 4 was not
+        with pytest.raises(RuntimeError, match="stopped"):
+            play(config, tmp_path, Clients(config, stop_in(stopped_in), losses=values), resumes=stopped_in > 3)
+    play(config, tmp_path, Clients(config, losses=values), resumes=True)
+    assert runfolder.rounds_in(tmp_path) == [10, 7, 5, 4]
+
+
 def stop_in(number):
     def bad(partition, current, reply):
         if current == number:

@@ -956,7 +956,7 @@ def test_second_signal_ends_at_once_and_leaves_no_process(tmp_path):
     code = (
         "import sys, time, main, runs.record\n"
         "def slow(*_):\n    print('recording', flush=True)\n    time.sleep(60)\n    return None\n"
-        "runs.record.append_json_line = slow\n"
+        "runs.record.utils.append_json_line = slow\n"
         "if __name__ == '__main__': sys.exit(main.main())\n"
     )
     script = tmp_path / "slow.py"
