@@ -7,7 +7,7 @@ from typing import Any
 
 import dataset
 import model as adapters
-from dataset import NO_ANSWER, Rows, Survey, fault, survey
+from dataset import NO_ANSWER, Rows, Survey, encoded, survey
 from hub import models as hub
 from learning.memory import Sizes, describe_memory, sizes
 from learning.training import training_arguments
@@ -97,7 +97,7 @@ def surveyed(config: RunConfig, rows: Rows, tokenizer: Any, template: str) -> Su
     Raises SettingsError if nothing is left of them.
     """
     limit, train_on = config.train.seq_length, config.dataset.train_on
-    found = survey(rows, lambda row: fault(tokenizer, template, row, limit, train_on) if tokenizer else None)
+    found = survey(rows, lambda row: encoded(tokenizer, template, row, limit, train_on) if tokenizer else None)
     if sum(found.left_out.values()) == len(rows):
         if reasons := [reason for reason in found.left_out if reason != NO_ANSWER]:
             none = f"dataset.template={config.dataset.template}: makes no prompt of {rows.name}"
