@@ -1,11 +1,9 @@
 """Base model, quantization and LoRA adapter: everything that touches weights. Never imports Flower.
 
-An *adapter* here is a dict from PEFT's parameter names (as in adapter_model.safetensors) to float32
-arrays, sorted by name. It exists on its own: the server makes, checks and saves adapters from shapes
-alone, and only clients load a base model.
+An *adapter* here is a dict from PEFT's parameter names (as in adapter_model.safetensors) to float32 arrays, sorted by
+name. The server makes, checks and saves adapters from shapes alone, and only clients load a base model.
 """
 
-import contextlib
 import copy
 import hashlib
 import json
@@ -13,9 +11,10 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -26,15 +25,13 @@ with patch.object(torch, "compile", lambda function=None, **_: function or (lamb
     import bitsandbytes
 
 import transformers
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hub import models as hub
 from settings.lora import check_lora
@@ -45,11 +42,8 @@ log = logging.getLogger(__name__)
 
 Adapter = dict[str, np.ndarray]
 
-ADAPTER_FILE, ADAPTER_CONFIG_FILE, TEMPLATE_FILE = (
-    "adapter_model.safetensors",
-    hub.ADAPTER_CONFIG,
-    "chat_template.jinja",
-)
+ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", hub.ADAPTER_CONFIG
+TEMPLATE_FILE = "chat_template.jinja"
 MANAGED_LORA = {
     "task_type": "it is CAUSAL_LM",
     "base_model_name_or_path": "set model.name",
@@ -58,11 +52,8 @@ MANAGED_LORA = {
     "revision": "download that one, and set model.name to its folder",
 }
 LINEAR = (torch.nn.Linear, Conv1D)  # what LoRA goes into, besides embeddings; GPT-2 has the latter
-ATTENTION = (["q_proj", "v_proj"], ["qkv_proj"], ["query_key_value"], ["Wqkv"], ["c_attn"])
-"""Attention projections by the names that models give them, for kinds that PEFT's own table lacks."""
-NAMING = (  # settings of LoRA that name modules or parameters
-    "modules_to_save", "exclude_modules", "target_parameters", "rank_pattern", "alpha_pattern", "target_modules"
-)  # fmt: skip
+ATTENTION = (["q_proj", "v_proj"], ["qkv_proj"], ["query_key_value"], ["Wqkv"], ["c_attn"])  # for kinds new to PEFT
+NAMING = ("modules_to_save", "exclude_modules", "target_parameters", "rank_pattern", "alpha_pattern", "target_modules")
 PROBE = "Below is a question. Answer it in a few words: how much is 12 plus 30, and why?"
 RANDOM, ZERO = ("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")  # tensors by how they begin
 
@@ -71,21 +62,16 @@ RANDOM, ZERO = ("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")  #
 
 
 def read_config(cfg: ModelConfig, *, offline: bool = False) -> PreTrainedConfig:
-    """The base model's shapes, without its weights.
+    """The base model's shapes, without its weights; if `offline`, what is on this machine has to do.
 
-    Args:
-        offline: ask nobody: what is on this machine has to do.
-
-    Raises:
-        SettingsError: if `model.name` is no base model that can be loaded, or `model.quantization` does not fit.
-        RunError: if the Hub cannot be reached.
+    Raises SettingsError if `model.name` is no base model that can be loaded, or `model.quantization` does not fit, and
+    RunError if the Hub cannot be reached.
     """
     folder = hub.cached_model(cfg.name, code=cfg.trust_remote_code) if offline else base_folder(cfg)
     if folder is None:
         raise SettingsError(f"model.name={cfg.name}: not on this machine")
     base = described(cfg, folder)
-    bits = stored_bits(cfg.name, base)
-    if bits and bits != cfg.quantization:
+    if (bits := stored_bits(cfg.name, base)) and bits != cfg.quantization:
         raise SettingsError(
             f"model.quantization={cfg.quantization}: {cfg.name} is stored in {bits} bits; set "
             f"model.quantization={bits}, or name the unquantized model"
@@ -100,10 +86,8 @@ def described(cfg: ModelConfig, folder: Path) -> PreTrainedConfig:
             f"model.name={cfg.name}: an adapter lies beside the model, and transformers would put it in; move "
             f"{hub.ADAPTER_CONFIG} out of {folder}"
         )
-    try:
+    with loading(cfg, "its config.json"):
         base = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-    except Exception as error:  # a repository's file may hold anything
-        raise SettingsError(f"model.name={cfg.name}: {unloadable('its config.json', error)}") from error
     own_code = getattr(base, "auto_map", None) or {}
     if base.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in own_code:
         raise SettingsError(
@@ -118,13 +102,19 @@ def base_folder(cfg: ModelConfig, *, weights: bool = False) -> Path:
     return hub.model_folder(cfg.name, weights=weights, code=cfg.trust_remote_code)
 
 
-def unloadable(what: str, error: BaseException) -> str:
-    """Why a part of a repository does not load, for people."""
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return "brings Python code of its own; if you trust it, set model.trust_remote_code=true"
-    text = f"{type(error).__name__}: {text}" if isinstance(error, KeyError | AttributeError | IndexError) else text
-    return f"{what} cannot be loaded ({shortened(text or repr(error), 300)})"
+@contextmanager
+def loading(cfg: ModelConfig, part: str, advice: str = "") -> Iterator[None]:
+    """Answer whatever transformers makes of a part of a repository, which may hold anything, with one line."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
+        raise
+    except Exception as error:
+        kind = f"{type(error).__name__}: " if isinstance(error, KeyError | AttributeError | IndexError) else ""
+        why = f"{part} cannot be loaded ({shortened(f'{kind}{error}' or repr(error), 300)})"
+        if "trust_remote_code" in str(error):
+            why = "brings Python code of its own; if you trust it, set model.trust_remote_code=true"
+        raise SettingsError(f"model.name={cfg.name}: {why}{advice}") from error
 
 
 def first_sentence(error: BaseException) -> str:
@@ -132,11 +122,7 @@ def first_sentence(error: BaseException) -> str:
 
 
 def stored_bits(name: str, base: PreTrainedConfig) -> str | None:
-    """In how many bits a base model is stored, "4" or "8"; None if it is not quantized.
-
-    Raises:
-        SettingsError: if it is quantized by anything but bitsandbytes.
-    """
+    """In how many bits bitsandbytes stored a base model, "4" or "8"; None if it is not quantized."""
     stored: Any = getattr(base, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     bits = "4" if stored.get("load_in_4bit") else "8" if stored.get("load_in_8bit") else None
@@ -150,19 +136,13 @@ def stored_bits(name: str, base: PreTrainedConfig) -> str | None:
 
 
 def read_tokenizer(cfg: ModelConfig, *, offline: bool = False) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer.
+    """The base model's tokenizer; `offline` as for `read_config`.
 
-    Args:
-        offline: as for `read_config`.
-
-    Raises:
-        SettingsError: if it does not load, has no end-of-sequence token, or is not the tokenizer of this model.
+    Raises SettingsError if it does not load, has no end-of-sequence token, or is not the tokenizer of this model.
     """
     base = read_config(cfg, offline=offline)
-    try:
+    with loading(cfg, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base.name_or_path, trust_remote_code=cfg.trust_remote_code)
-    except Exception as error:  # a repository's files may hold anything
-        raise SettingsError(f"model.name={cfg.name}: {unloadable('its tokenizer', error)}") from error
     if tokenizer.eos_token_id is None:
         raise SettingsError(f"model.name={cfg.name}: its tokenizer has no eos_token, so no answer could ever end")
     check_tokenizer(cfg.name, tokenizer, base.get_text_config().vocab_size)
@@ -193,13 +173,10 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, vocabulary: i
 def lora_config(cfg: ModelConfig, model: Any = None) -> LoraConfig:
     """`model.lora` as a `peft.LoraConfig` for causal language modelling.
 
-    Args:
-        model: the base model, with or without weights. Target modules are then its own, in its language part alone;
-            null means PEFT's choice for this kind of model, or the attention projections that it has.
-
-    Raises:
-        SettingsError: for unknown or impossible fields, for modules that `model` lacks, and for initialisations that
-            change the base model (PiSSA, OLoRA, ...), which is shared and must stay as it is.
+    With the base `model`, with or without weights, target modules are its own, in its language part alone; null means
+    PEFT's choice for this kind of model, or the attention projections that it has. Raises SettingsError for unknown or
+    impossible fields, for modules that `model` lacks, and for initialisations that change the base model (PiSSA,
+    OLoRA, ...), which is shared and must stay as it is.
     """
     check_keywords("model.lora", cfg.lora, LoraConfig, MANAGED_LORA)
     check_lora(cfg.lora)
@@ -211,73 +188,64 @@ def lora_config(cfg: ModelConfig, model: Any = None) -> LoraConfig:
         raise SettingsError(f"model.lora: {first_sentence(error)}") from error
     if model is None:
         return lora
-    part = language_part(model)
+    modules, linear, others = language_part(model)
     if lora.target_modules is None:
         listed = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.get_text_config().model_type)
         known = (set(names) for names in (listed, *ATTENTION) if isinstance(names, list))
-        lora.target_modules = next((names for names in known if names <= part.linear), "all-linear")
-    check_named_modules(lora, model, part)
+        lora.target_modules = next((names for names in known if names <= linear), "all-linear")
+    check_named_modules(lora, model, modules, linear)
     if cfg.quantization != "none":
         check_saved_modules(lora, model)
-    if part.others:
-        lora.exclude_modules = "|".join([part.others, *patterns(lora.exclude_modules).values()])
+    if others:
+        lora.exclude_modules = "|".join([others, *patterns(lora.exclude_modules).values()])
     return lora
 
 
-class LanguagePart(NamedTuple):
-    """What of a model adapters may go into: a model that also sees or hears has towers beside its decoder."""
+def language_part(model: Any) -> tuple[list[str], set[str], str | None]:
+    """What of `model` adapters may go into: its decoder and head, without the towers of one that also sees or hears.
 
-    modules: list[str]
-    """Names of all its modules."""
-    linear: set[str]
-    """Last parts of the names of its linear layers."""
-    others: str | None
-    """A pattern for the modules that are not in it; None if it is the whole model."""
-
-
-def language_part(model: Any) -> LanguagePart:
-    """The decoder of `model` and its head, found in one walk; the whole of a model that has no other linear layers."""
+    Returns:
+        Names of its modules, last parts of the names of its linear layers, and a pattern for the modules that are not
+        in it; None if it is the whole model, as of one that has no other linear layers.
+    """
     names = {module: name for name, module in model.named_modules()}
     head, decoder = names.get(model.get_output_embeddings(), ""), names.get(model.get_decoder(), "")
     linear = [name for module, name in names.items() if isinstance(module, LINEAR)]
     inside = [name for name in linear if name == head or name.startswith(f"{decoder}." if decoder else "")]
     others = None if inside == linear else rf"(?!{re.escape(decoder)}\.|{re.escape(head)}$).*"
     modules = [name for name in names.values() if not (others and re.fullmatch(others, name))]
-    return LanguagePart(modules, {name.rpartition(".")[2] for name in inside}, others)
+    return modules, {name.rpartition(".")[2] for name in inside}, others
 
 
 def patterns(names: Any) -> dict[str, str]:
-    """PEFT's three ways to name modules: a regular expression, names, or a mapping of the ends of regular expressions.
-
-    Each name comes with the regular expression that the whole name of a module has to match.
-    """
+    """Each name with the regular expression that a module's whole name has to match, in PEFT's three ways to name them:
+    a regular expression, names, or a mapping of the ends of regular expressions."""
     if isinstance(names, str):
         return {names: names}
     is_pattern = isinstance(names, Mapping)
     return {name: rf"(.*\.)?({name if is_pattern else re.escape(name)})" for name in sorted(names or [])}
 
 
-def check_named_modules(lora: LoraConfig, model: Any, part: LanguagePart) -> None:
-    """Raise SettingsError if `lora` names what the language part of `model` lacks."""
-    leaves = {name.rpartition(".")[2] for name in part.modules}
+def check_named_modules(lora: LoraConfig, model: Any, modules: Sequence[str], linear: set[str]) -> None:
+    """Raise SettingsError if one of NAMING in `lora` names what the language part of `model` lacks."""
+    leaves = {name.rpartition(".")[2] for name in modules}
     known = {leaf for leaf in leaves if leaf and not leaf.isdigit()}
     parameters = [name for name, _ in model.named_parameters()]
     for key in NAMING:
         names = getattr(lora, key)
-        what, there = ("parameter", parameters) if key == "target_parameters" else ("module", part.modules)
+        what, there = ("parameter", parameters) if key == "target_parameters" else ("module", modules)
         if names == "all-linear" or (key == "exclude_modules" and isinstance(names, str)):
             continue
         for name, pattern in patterns(names).items():
+            where = f"model.lora.{key}={name}"
             try:
                 matches = re.compile(pattern).fullmatch
             except re.error as error:
-                raise SettingsError(
-                    f"model.lora.{key}={name}: not a valid regular expression ({error}); use names"
-                ) from error
+                raise SettingsError(f"{where}: not a valid regular expression ({error}); use names") from error
             if not any(map(matches, there)):
+                names_there = ", ".join(sorted(linear if key == "target_modules" else known))
                 raise SettingsError(
-                    f"model.lora.{key}={name}: the language part of this model has no such {what}; it has "
-                    f"{', '.join(sorted(part.linear if key == 'target_modules' else known))}"
+                    f"{where}: the language part of this model has no such {what}; it has {names_there}"
                 )
 
 
@@ -294,35 +262,20 @@ def check_saved_modules(lora: LoraConfig, model: Any) -> None:
 
 
 def empty_model(base: PreTrainedConfig, cfg: ModelConfig) -> Any:
-    """The base model without weights, on the meta device: shapes and names for no memory.
-
-    Raises:
-        SettingsError: if transformers, or the code of its repository, cannot build it.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(base, trust_remote_code=cfg.trust_remote_code)
-    except Exception as error:  # a repository's configuration and code may hold anything
-        raise SettingsError(f"model.name={cfg.name}: {unloadable('its architecture', error)}") from error
+    """The base model on the meta device: shapes and names for no memory. Raises SettingsError if it cannot be built."""
+    with loading(cfg, "its architecture"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(base, trust_remote_code=cfg.trust_remote_code)
 
 
 def adapter_plan(cfg: ModelConfig, base: PreTrainedConfig) -> tuple[LoraConfig, dict[str, tuple[int, ...]]]:
-    """The adapter that `model.lora` means for this base model: its configuration, and names and shapes of its tensors.
-
-    Raises:
-        SettingsError: if there is no such adapter.
-    """
+    """The adapter that `model.lora` means for this base model: configuration, and names and shapes of its tensors."""
     empty = empty_model(base, cfg)
     lora = lora_config(cfg, empty)
     return lora, adapter_shapes(empty, lora)
 
 
 def adapter_shapes(empty: Any, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of an adapter in an `empty_model`, which then has that adapter.
-
-    Raises:
-        SettingsError: if PEFT cannot make such an adapter in this model.
-    """
+    """Names and shapes of the tensors of an adapter in an `empty_model`, which then has that adapter."""
     with torch.device("meta"):
         try:
             empty = get_peft_model(empty, copy.deepcopy(lora))  # peft renames the base model in what it is given
@@ -366,8 +319,7 @@ def save_adapter(folder: Path, adapter: Adapter, lora: LoraConfig, template: str
     folder.mkdir(parents=True)
     save_file(adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
     let_others_read(folder / ADAPTER_FILE)
-    saved = lora.to_dict() | {"inference_mode": True}
-    text = json.dumps(saved, indent=2, sort_keys=True, default=sorted)
+    text = json.dumps(lora.to_dict() | {"inference_mode": True}, indent=2, sort_keys=True, default=sorted)
     (folder / ADAPTER_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
@@ -383,17 +335,13 @@ def load_adapter(folder: Path) -> Adapter:
 def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
     """The frozen base model: nf4 with double quantization, 8-bit, or unquantized weights; computes in `compute_dtype`.
 
-    Args:
-        device: `cuda` or `cpu`; by default CUDA where there is one.
-
-    Raises:
-        SettingsError: if its weights are missing, damaged or another model's.
+    The `device`, `cuda` or `cpu`, is by default CUDA where there is one. Raises as `load_weights`.
     """
     device = device or default_device()
     is_kept = cfg.cache_folder and cfg.quantization != "none"
     base = load_cached(cfg, device) if is_kept else load_weights(cfg, compute_dtype(device), device)
     for module in base.modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype = compute_dtype(device)  # of a model that is stored in 4 bits it may be another
             # On a CPU with AVX512-BF16 an evaluation would repack 4-bit weights in place; the gradients of all
             # later training steps would then be wrong, without a word, and widths off a multiple of 64 crash.
@@ -402,32 +350,14 @@ def load_base(cfg: ModelConfig, device: str | None = None) -> Any:
 
 
 def load_weights(cfg: ModelConfig, dtype: torch.dtype | str, device: str) -> Any:
-    """The base model with its weights, quantized if `model.quantization` says so and they are not stored like that.
-
-    Raises:
-        SettingsError: if some are missing, damaged or of other shapes.
-    """
+    """The base model with its weights, quantized if `model.quantization` says so and they are not stored like that."""
     folder, options = base_folder(cfg, weights=True), {}
     if cfg.quantization != "none" and not stored_bits(cfg.name, read_config(cfg)):
         options["quantization_config"] = quantized_in(cfg.quantization, dtype)
-    try:
-        base, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            trust_remote_code=cfg.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
-            **options,
-        )
-    except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
-        raise
-    except Exception as error:  # a file of weights may hold anything
-        again = f"download it again: hf download --force-download {cfg.name}"
-        raise SettingsError(
-            f"model.name={cfg.name}: {unloadable('its weights', error)}; if a file is damaged, "
-            f"{'copy it again' if local_path(cfg.name) else again}"
-        ) from error
+    again = "copy it again" if local_path(cfg.name) else f"download it again: hf download --force-download {cfg.name}"
+    with loading(cfg, "its weights", f"; if a file is damaged, {again}"):
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are named below
+        base, found = from_folder(folder, cfg, dtype, device, **options)
     for tensor, stored, expected in sorted(found["mismatched_keys"]):
         raise SettingsError(
             f"model.name={cfg.name}: its weights are of another model than its config.json describes: {tensor} is "
@@ -441,15 +371,16 @@ def load_weights(cfg: ModelConfig, dtype: torch.dtype | str, device: str) -> Any
     return base
 
 
-def quantized_in(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How weights are quantized in "4" or "8" bits: nf4 with double quantization, which computes in `dtype`."""
-    return BitsAndBytesConfig(
-        load_in_4bit=bits == "4",
-        load_in_8bit=bits == "8",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+def from_folder(folder: Path, cfg: ModelConfig, dtype: torch.dtype | str, device: str, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": device}, trust_remote_code=cfg.trust_remote_code, **options
     )
+
+
+def quantized_in(bits: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """How weights are quantized in "4" or "8" bits: nf4 with double quantization, which computes in `dtype`."""
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return transformers.BitsAndBytesConfig(load_in_4bit=bits == "4", load_in_8bit=bits == "8", **nf4)
 
 
 def load_cached(cfg: ModelConfig, device: str) -> Any:
@@ -460,23 +391,18 @@ def load_cached(cfg: ModelConfig, device: str) -> Any:
     """
     entry = Path(str(cfg.cache_folder)).expanduser() / cache_key(cfg, device)
     if entry.is_dir() and not torn_files(entry):
-        return AutoModelForCausalLM.from_pretrained(
-            entry,
-            dtype=compute_dtype(device),
-            device_map={"": device},
-            trust_remote_code=cfg.trust_remote_code,
-        )
+        return from_folder(entry, cfg, compute_dtype(device), device)
     base = load_weights(cfg, compute_dtype(device), device)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{entry.name}.", dir=entry.parent) as beside:
-            whole, old = Path(beside) / "whole", Path(beside) / "old"
+            whole = Path(beside) / "whole"
             base.save_pretrained(whole)
             write_digests(whole)
             if entry.is_dir() and (torn := torn_files(entry)):
                 log.warning("%s: %s changed since it was written; rebuilt", entry, ", ".join(torn))
-                entry.rename(old)
-            with contextlib.suppress(OSError):  # another process was first
+                entry.rename(Path(beside) / "old")
+            with suppress(OSError):  # another process was first
                 whole.rename(entry)
     except Exception as error:  # a full disk, a folder that cannot be written: the model is here all the same
         log.warning("model.cache_folder=%s: the quantized model is not kept (%s)", cfg.cache_folder, error)
@@ -505,20 +431,13 @@ def device_of(resources: ClientResources) -> str:
 
 
 def compute_dtype(device: str | None = None) -> torch.dtype:
-    """What a base model computes in: bfloat16, or float32 on a CPU without bfloat16 instructions, which are emulated.
-
-    Args:
-        device: as for `load_base`.
-    """
+    """What a base model computes in: bfloat16, or float32 on a CPU that would emulate bfloat16."""
     native = (device or default_device()) == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
 
-def arithmetic(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """What `model` computes in, wherever it is used: with a base model in bfloat16, so do an adapter's products.
-
-    The adapter's weights stay float32. Training, evaluation and answers all use this, and so agree.
-    """
+def arithmetic(model: Any) -> AbstractContextManager[Any]:
+    """What `model` computes in, wherever it is used: a float32 adapter's products are bfloat16 if its base model is."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
 
 

@@ -1,7 +1,7 @@
 """python test.py --peft-path=DIR --question="...": ask the model that was trained.
 
-DIR is a run folder (its last checkpoint), a checkpoint (`peft_<round>`) or any PEFT adapter folder. The
-base model is found from the adapter, the prompt is the one that it was trained with.
+DIR is a run folder (its last checkpoint), a checkpoint (`peft_<round>`) or any PEFT adapter folder. The base model and
+the prompt are those that it was trained with.
 """
 
 import argparse
@@ -45,9 +45,8 @@ def between(low: int, high: int) -> Callable[[float], str | None]:
 
 
 def temperature(value: float) -> str | None:
-    if 0 < value < LEAST_TEMPERATURE:
-        return f"use 0 (greedy), or at least {LEAST_TEMPERATURE}"
-    return between(0, 10)(value)
+    is_tiny = 0 < value < LEAST_TEMPERATURE
+    return f"use 0 (greedy), or at least {LEAST_TEMPERATURE}" if is_tiny else between(0, 10)(value)
 
 
 def share(value: float) -> str | None:
@@ -61,9 +60,8 @@ def file_to_read(path: Path) -> str | None:
 
 
 def folder_to_read(path: Path) -> str | None:
-    if os.path.isdir(path):
-        return None
-    return "is a file; name the folder" if os.path.exists(path) else "there is no such folder"
+    what_is_there = "is a file; name the folder" if os.path.exists(path) else "there is no such folder"
+    return None if os.path.isdir(path) else what_is_there
 
 
 def file_to_write(path: Path) -> str | None:
@@ -125,68 +123,49 @@ def as_columns(text: str) -> dict[str, str]:
     return {use.strip(): column.strip() for use, column in pairs}
 
 
+ASKED = ("question", "chat", "questions")
+EVALUATE, TASKS, WRITTEN = ("evaluate",), ("tasks",), ("questions", "evaluate", "tasks")
 FLAG = dict(action="store_true")
-OPTIONS: dict[tuple[str, ...], dict[str, tuple[Callable[[Any], str | None] | None, dict[str, Any]]]] = {
-    # by the modes in which they mean something: name, what finds faults of its values, and what argparse is told
-    MODES: {
-        "peft-path": (filled, dict(required=True, help="run folder, checkpoint, or PEFT adapter folder")),
-        "question": (filled, dict(type=as_text, help="ask this and print the answer")),
-        "chat": (None, FLAG | dict(help="a conversation; Ctrl-D ends it")),
-        "questions": (
-            file_to_read,
-            dict(type=as_path, metavar="FILE.jsonl", help='lines with "question" or "instruction"'),
-        ),
-        "evaluate": (filled, dict(metavar="DATA", help="measure it on rows: a file, folder or Hub id")),
-        "tasks": (filled, dict(help="measure it on tasks of EleutherAI's lm_eval, separated by commas")),
-        "merge": (folder_to_write, dict(type=as_path, metavar="DIR", help="write base model and adapter as one model")),
-        "base": (filled, dict(help="name or folder of the base model; by default the one that the adapter notes")),
-        "quantization": (None, dict(choices=["4", "8", "none"], help="of the base model; by default as trained")),
-        "trust-remote-code": (None, FLAG | dict(help="run code that the base model's repository brings along")),
-        "template": (filled, dict(help="alpaca, vicuna_v1.1, tokenizer or a Jinja file; by default the adapter's own")),
-    },
-    ("question", "evaluate", "tasks"): {
-        "compare": (None, FLAG | dict(help="also what the base model alone answers or reaches")),
-    },
-    ("questions", "evaluate", "tasks"): {
-        "output": (
-            file_to_write,
-            dict(type=as_path, metavar="FILE", help="of answers (continued), or of measurements"),
-        ),
-        "batch-size": (between(1, 10**4), dict(type=int, default=16)),
-    },
-    ("question", "chat", "questions"): {
-        "temperature": (temperature, dict(type=float, default=0.7, help="0 is greedy")),
-        "top-p": (share, dict(type=float, default=0.9)),
-        "seed": (between(0, 2**32 - 1), dict(type=int, default=0)),  # what numpy takes
-    },
-    ("question", "chat", "questions", "evaluate"): {
-        "max-new-tokens": (between(1, 10**6), dict(type=int, default=256)),
-    },
-    ("question",): {
-        "input": (None, dict(type=as_text, default="", help="further context (Alpaca's input field)")),
-    },
-    ("evaluate",): {
-        "split": (filled, dict(default="test", help="on the Hub")),
-        "subset": (filled, dict(help="configuration on the Hub")),
-        "columns": (
-            None,
-            dict(
-                type=as_columns, default={}, metavar="USE=COLUMN,...", help="such as instruction=question,output=answer"
-            ),
-        ),
-        "category-column": (None, dict(default="category", help="also measured by its values")),
-        "answers": (between(0, 10**6), dict(type=int, default=200, help="rows answered, for exact match and ROUGE-L")),
-        "seq-length": (between(16, 10**6), dict(type=int, default=512, help="longest row, in tokens")),
-    },
-    ("tasks",): {
-        "limit": (between(1, 10**9), dict(type=int, help="questions of each; by default all")),
-        "num-fewshot": (between(0, 100), dict(type=int, help="examples before each question; by default the task's")),
-        "include-path": (folder_to_read, dict(type=as_path, metavar="DIR", help="further ones: lm_eval's YAML files")),
-        "confirm-run-unsafe-code": (None, FLAG | dict(help="let them run code that the model wrote")),
-    },
-    ("merge",): {
-        "merge-dtype": (None, dict(default="float32", choices=["float32", "bfloat16"])),
-    },
+OPTIONS: dict[str, tuple[tuple[str, ...], Callable[[Any], str | None] | None, dict[str, Any]]] = {
+    # name: the modes in which it means something, what finds faults of its values, and what argparse is told
+    "peft-path": (MODES, filled, dict(required=True, help="run folder, checkpoint, or PEFT adapter folder")),
+    "question": (MODES, filled, dict(type=as_text, help="ask this and print the answer")),
+    "chat": (MODES, None, FLAG | dict(help="a conversation; Ctrl-D ends it")),
+    "questions": (MODES, file_to_read, dict(type=as_path, metavar="FILE.jsonl", help='lines with "question"')),
+    "evaluate": (MODES, filled, dict(metavar="DATA", help="measure it on rows: a file, folder or Hub id")),
+    "tasks": (MODES, filled, dict(help="measure it on tasks of EleutherAI's lm_eval, separated by commas")),
+    "merge": (MODES, folder_to_write, dict(type=as_path, metavar="DIR", help="write base and adapter as one model")),
+    "base": (MODES, filled, dict(help="name or folder of the base model; by default what the adapter notes")),
+    "quantization": (MODES, None, dict(choices=["4", "8", "none"], help="of the base model; by default as trained")),
+    "trust-remote-code": (MODES, None, FLAG | dict(help="run code that the base model's repository brings along")),
+    "template": (MODES, filled, dict(help="alpaca, vicuna_v1.1, tokenizer or a Jinja file; else the adapter's own")),
+    "compare": (
+        ("question", *EVALUATE, *TASKS),
+        None,
+        FLAG | dict(help="also what the base model alone answers or reaches"),
+    ),
+    "output": (WRITTEN, file_to_write, dict(type=as_path, metavar="FILE", help="answers (continued), or measurements")),
+    "batch-size": (WRITTEN, between(1, 10**4), dict(type=int, default=16)),
+    "temperature": (ASKED, temperature, dict(type=float, default=0.7, help="0 is greedy")),
+    "top-p": (ASKED, share, dict(type=float, default=0.9)),
+    "seed": (ASKED, between(0, 2**32 - 1), dict(type=int, default=0)),  # what numpy takes
+    "max-new-tokens": ((*ASKED, "evaluate"), between(1, 10**6), dict(type=int, default=256)),
+    "input": (("question",), None, dict(type=as_text, default="", help="further context (Alpaca's input field)")),
+    "split": (EVALUATE, filled, dict(default="test", help="on the Hub")),
+    "subset": (EVALUATE, filled, dict(help="configuration on the Hub")),
+    "columns": (
+        EVALUATE,
+        None,
+        dict(type=as_columns, default={}, metavar="USE=COLUMN,...", help="such as instruction=question,output=answer"),
+    ),
+    "category-column": (EVALUATE, None, dict(default="category", help="also measured by its values")),
+    "answers": (EVALUATE, between(0, 10**6), dict(type=int, default=200, help="rows answered: exact match, ROUGE-L")),
+    "seq-length": (EVALUATE, between(16, 10**6), dict(type=int, default=512, help="longest row, in tokens")),
+    "limit": (TASKS, between(1, 10**9), dict(type=int, help="questions of each; by default all")),
+    "num-fewshot": (TASKS, between(0, 100), dict(type=int, help="examples before each; by default the task's")),
+    "include-path": (TASKS, folder_to_read, dict(type=as_path, metavar="DIR", help="of more tasks: YAML files")),
+    "confirm-run-unsafe-code": (TASKS, None, FLAG | dict(help="let them run code that the model wrote")),
+    "merge-dtype": (("merge",), None, dict(default="float32", choices=["float32", "bfloat16"])),
 }
 
 
@@ -198,27 +177,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, by default those of the command line.
-
-    Raises:
-        SettingsError: if they cannot be read, do not go together, are out of range, or name no usable place.
-    """
+    """The arguments, by default those of the command line. Raises SettingsError for the first that cannot work."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for modes, options in OPTIONS.items():
-        group = parser.add_argument_group(f"with {listed(modes)}") if modes != MODES else parser
-        for name, (_, told) in options.items():
-            group.add_argument(f"--{name}", **told)
+    groups: dict[Sequence[str], Any] = {MODES: parser}
+    for name, (modes, _, told) in OPTIONS.items():
+        if modes not in groups:
+            groups[modes] = parser.add_argument_group(f"with {listed(modes)}")
+        groups[modes].add_argument(f"--{name}", **told)
     chosen = parser.parse_args(arguments)
     mode = mode_of(chosen)
-    for modes, options in OPTIONS.items():
-        for name, (fault, _) in options.items():
-            key = name.replace("-", "_")
-            if (value := getattr(chosen, key)) != parser.get_default(key):
-                shown = f"--{name}" if value is True else f"--{name}={value}"
-                if found := fault and fault(value):
-                    raise SettingsError(f"{shown}: {found}")
-                if mode not in modes:
-                    raise SettingsError(f"{shown}: goes with {listed(modes)}; leave it out")
+    for name, (modes, fault, _) in OPTIONS.items():
+        key = name.replace("-", "_")
+        if (value := getattr(chosen, key)) != parser.get_default(key):
+            shown = f"--{name}" if value is True else f"--{name}={value}"
+            if found := fault and fault(value):
+                raise SettingsError(f"{shown}: {found}")
+            if mode not in modes:
+                raise SettingsError(f"{shown}: goes with {listed(modes)}; leave it out")
     check_together(chosen)
     return chosen
 
@@ -269,7 +244,7 @@ def run(options: argparse.Namespace) -> None:
             raise
         raise RunError(
             f"out of GPU memory ({shortened(error, 200)}); it helps: --quantization=4, and a smaller --batch-size with "
-            f"{listed(('questions', 'evaluate', 'tasks'))}"
+            f"{listed(WRITTEN)}"
         ) from error
 
 
@@ -277,16 +252,16 @@ def start(checkpoint: Path, options: argparse.Namespace) -> None:
     if options.merge:
         gpus.show([])  # a sum of weights is taken where there is room for them
     # the model libraries take seconds: what can be checked without them is checked first
-    from learning.answering import answer_all, ask, chat, evaluate
+    from learning.answering import Answerer, answer_all, ask, chat, evaluate
     from learning.merging import merge
 
     quiet_transformers()
+    modes = {"question": ask, "chat": chat, "questions": answer_all, "evaluate": evaluate, "merge": merge}
     if options.tasks:
         from learning.harness import run_tasks  # of an optional package: it may be missing
 
-        return run_tasks(checkpoint, options)
-    modes = {"question": ask, "chat": chat, "questions": answer_all, "evaluate": evaluate, "merge": merge}
-    return modes[mode_of(options)](checkpoint, options)
+        modes["tasks"] = run_tasks
+    modes[mode_of(options)](Answerer(checkpoint, options), options)
 
 
 def main() -> int:

@@ -55,10 +55,10 @@ class Answerer:
     @property
     def made_by(self) -> str:
         """A short digest of what decides an answer: the adapter, the prompt, and how tokens are chosen."""
-        options, cfg = self.options, self.tuned.cfg
+        options, cfg, folder = self.options, self.tuned.cfg, adapters.base_folder(self.tuned.cfg)
         names = (adapters.ADAPTER_CONFIG_FILE, adapters.ADAPTER_FILE, PICKLED_FILE, *TOKENIZER_FILES)
         files = [file_sha256(self.tuned.checkpoint / name) for name in names]
-        folder = adapters.base_folder(cfg)  # of the Hub's cache: named by the commit
+        # a folder of the Hub's cache is named by the commit
         place = str(folder.resolve()) if local_path(cfg.name) else f"{cfg.name}@{folder.name}"
         chosen = [options.temperature, options.top_p, options.max_new_tokens, options.seed]
         facts = [files, [place, cfg.quantization], self.template, chosen]
@@ -66,8 +66,8 @@ class Answerer:
 
     def prompting(self) -> AbstractContextManager[None]:
         """Answers a template that fails, which is a program, with one line."""
-        template = self.options.template or "of the adapter"
-        return explained(f"--template={template}: makes no prompt", "; choose another, such as --template=alpaca")
+        named = f"--template={self.options.template or 'of the adapter'}"
+        return explained(f"{named}: makes no prompt", "; choose another, such as --template=alpaca")
 
     def prompt(self, messages: Sequence[Turn], tools: Sequence[Any] | None = None) -> list[int]:
         with self.prompting():
@@ -96,9 +96,8 @@ def writing(option: str, path: Path) -> AbstractContextManager[None]:
 # --- questions ------------------------------------------------------------------------------------
 
 
-def ask(checkpoint: Path, options: argparse.Namespace) -> None:
+def ask(answerer: Answerer, options: argparse.Namespace) -> None:
     """Answer --question; with --compare by the base model first."""
-    answerer = Answerer(checkpoint, options)
     for name in answerer.models():
         if options.compare:
             print(f"\n{name}:")
@@ -106,11 +105,10 @@ def ask(checkpoint: Path, options: argparse.Namespace) -> None:
         answerer.say([as_message({"instruction": options.question, "input": options.input})])
 
 
-def chat(checkpoint: Path, options: argparse.Namespace) -> None:
+def chat(answerer: Answerer, options: argparse.Namespace) -> None:
     """A conversation at a prompt, with its history; Ctrl-D ends it."""
     import readline  # noqa: F401  line editing for input()
 
-    answerer = Answerer(checkpoint, options)
     assert answerer.model  # loaded before the first question
     history: list[dict[str, str]] = []
     while True:
@@ -124,10 +122,9 @@ def chat(checkpoint: Path, options: argparse.Namespace) -> None:
             history.append({"role": "assistant", "content": answerer.say(history)})
 
 
-def answer_all(checkpoint: Path, options: argparse.Namespace) -> None:
+def answer_all(answerer: Answerer, options: argparse.Namespace) -> None:
     """Answer --questions in batches, a line each to --output, in their order; continues after what is there."""
-    questions, answerer = read_questions(options.questions), Answerer(checkpoint, options)
-    made_by = answerer.made_by
+    questions, made_by = read_questions(options.questions), answerer.made_by
     done = kept_answers(options.output, questions, made_by)
     starts = range(done, len(questions), options.batch_size)
     assert not starts or answerer.model  # loaded before the clock runs
@@ -137,29 +134,20 @@ def answer_all(checkpoint: Path, options: argparse.Namespace) -> None:
         answers = answerer.answers(prompts)
         with writing("output", options.output), options.output.open("a", encoding="utf-8") as file:
             for row, answer in zip(rows, answers, strict=True):
-                record = row | {"answer": answer, "made_by": made_by}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row | {"answer": answer, "made_by": made_by}, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
     print(f"{len(questions)} answers in {options.output}" + (f", {done} of them from before" if done else ""))
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Lines with `question`, or with what rows of any shape have but their answer; blank ones are skipped.
-
-    Raises:
-        SettingsError: with the number of the line that is none.
-    """
+    """Lines with `question`, or with what rows of any shape have but their answer; blank ones are skipped."""
     with explained(f"--questions={path}: cannot be read", "; use a text file in UTF-8"):
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # with or without a byte order mark
-    questions = [
-        read_question(f"--questions={path}: line {number}", line)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not questions:
+    asked = {f"--questions={path}: line {number}": line for number, line in enumerate(lines, 1) if line.strip()}
+    if not asked:
         raise SettingsError(f'--questions={path}: holds no question; use a line such as {{"question": "..."}} for each')
-    return questions
+    return [read_question(where, line) for where, line in asked.items()]
 
 
 def read_question(where: str, line: str) -> dict[str, Any]:
@@ -193,17 +181,14 @@ def up_to_question(turns: Sequence[Turn]) -> list[Turn]:
 def kept_answers(path: Path, questions: Sequence[dict[str, Any]], made_by: str) -> int:
     """How many answers `path` already holds; a line that was cut off in the middle is removed.
 
-    Raises:
-        SettingsError: if the file answers other questions, or another adapter or other options made its answers.
+    Raises SettingsError if the file answers other questions, or another adapter or other options made its answers.
     """
     with explained(f"--output={path}: cannot be continued", "; choose another file"):
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         kept = [json.loads(line) for line in whole.splitlines()]
-        pairs = zip(kept, questions, strict=False)
-        if len(kept) > len(questions) or not all(
-            row.items() <= line.items() and "answer" in line for line, row in pairs
-        ):
+        asked = [row.items() <= line.items() and "answer" in line for line, row in zip(kept, questions, strict=False)]
+        if len(kept) > len(questions) or not all(asked):
             raise ValueError("it answers other questions")
         if any(line.get("made_by") != made_by for line in kept):
             raise ValueError(f"another adapter or other options made its answers: made_by is not {made_by}")
@@ -215,9 +200,8 @@ def kept_answers(path: Path, questions: Sequence[dict[str, Any]], made_by: str) 
 # --- measurements ---------------------------------------------------------------------------------
 
 
-def evaluate(checkpoint: Path, options: argparse.Namespace) -> None:
+def evaluate(answerer: Answerer, options: argparse.Namespace) -> None:
     """Print how good the adapter, and with --compare the base model, is on the rows of --evaluate; JSON to --output."""
-    answerer = Answerer(checkpoint, options)
     cfg = DatasetConfig(
         name=options.evaluate, subset=options.subset, split=options.split, columns=options.columns,
         category_column=options.category_column,
@@ -233,11 +217,8 @@ def evaluate(checkpoint: Path, options: argparse.Namespace) -> None:
     found = {name: figures(score(answerer.model, answerer.tokenizer, data, *asked)) for name in answerer.models()}
     answered = f"{min(options.answers, len(partition))} answered in at most {options.max_new_tokens} tokens"
     what = f"{len(partition)} rows of {options.evaluate}, {answered}; {answerer.name}"
-    console = Console(highlight=False)
-    console.print(what, soft_wrap=True, markup=False)
-    if why:
-        console.print(why, soft_wrap=True, markup=False)
-    console.print(table_of(found))
+    print(*filter(None, (what, why)), sep="\n")
+    Console(highlight=False).print(table_of(found))
     if options.output:
         with writing("output", options.output):
             write_json(options.output, {"measured": what} | found)

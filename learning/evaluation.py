@@ -60,9 +60,8 @@ def score(
 ) -> Scores:
     """Evaluate `model` on `data`; leaves it in its mode, and all randomness alone.
 
-    Args:
-        tokens_at_once: of a pass, or of prompts and answers together; at least one row is taken.
-        answers: how many rows are also answered: always the same ones, drawn at random.
+    A pass has at most `tokens_at_once`, of rows or of prompts and answers together, but at least one row. So many
+    `answers` of rows are also asked for: always of the same ones, drawn at random.
     """
     if not data.rows:
         return {}
@@ -129,21 +128,15 @@ def generate(
     """New token ids after each prompt, up to and without what ends it; greedy, unless `options` say otherwise."""
     end, ends = tokenizer.eos_token_id, sorted(end_ids(tokenizer))
     found: list[list[int]] = [[] for _ in prompts]
-    greedy = {"do_sample": False, "temperature": None, "top_p": None}
+    limits = {"max_new_tokens": max_new_tokens, "pad_token_id": end, "eos_token_id": ends}
+    chosen = {"do_sample": False, "temperature": None, "top_p": None} | limits | options
     for part in in_batches([len(prompt) + max_new_tokens for prompt in prompts], tokens_at_once):
         batch = [prompts[index] for index in part]
         longest = max(map(len, batch))  # padded on the left, so that all answers start at the same place
         ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in batch], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=model.device)
         with adapters.arithmetic(model):
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=end,
-                eos_token_id=ends,
-                **(greedy | options),
-            )
+            output = model.generate(input_ids=ids, attention_mask=mask, **chosen)
         for index, row in zip(part, output[:, longest:].tolist(), strict=True):
             found[index] = list(takewhile(lambda token: token not in ends, row))
     return found

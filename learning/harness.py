@@ -1,13 +1,11 @@
 """The standard benchmarks, through EleutherAI's lm_eval: `python test.py --peft-path=RUN --tasks=arc_easy,medmcqa`.
 
-The model is what training had: the base model in its quantization, with the adapter, and the same prompt. Optional:
-`pip install -r requirements-extras.txt`.
+The model and the prompt are those of training. Optional: `pip install -r requirements-extras.txt`.
 """
 
 import argparse
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,26 +30,20 @@ class Examinee(HFLM):
     """lm_eval's model around an answerer. Text becomes tokens as in training: prompt and answer apart."""
 
     def __init__(self, answerer: Answerer, batch_size: int) -> None:
-        tokenizer = answerer.tokenizer
+        model, tokenizer = answerer.model, answerer.tokenizer
         tokenizer.chat_template = answerer.template
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        low = "bfloat16" if model.dtype == torch.bfloat16 else None  # as `model.arithmetic`
         # by default it takes logarithms in the model's bfloat16: -29.625 for -29.679
-        model, low = answerer.model, "bfloat16" if answerer.model.dtype == torch.bfloat16 else None
-        super().__init__(
-            model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32", mixed_precision_dtype=low
-        )  # as `model.arithmetic`
+        kinds = {"softmax_dtype": "float32", "mixed_precision_dtype": low}
+        super().__init__(model, tokenizer=tokenizer, batch_size=batch_size, **kinds)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return encode_text(self.tokenizer, context), encode_text(self.tokenizer, continuation)
 
 
-def run_tasks(checkpoint: Path, options: argparse.Namespace) -> None:
-    """Print lm_eval's table for --tasks, and with --compare the base model's; both to --output as JSON.
-
-    Raises:
-        SettingsError: if there is no such task, or lm_eval cannot run it as asked.
-    """
-    answerer = Answerer(checkpoint, options)
+def run_tasks(answerer: Answerer, options: argparse.Namespace) -> None:
+    """Print lm_eval's table for --tasks, and with --compare the base model's; both to --output as JSON."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not tasks:
@@ -60,19 +52,13 @@ def run_tasks(checkpoint: Path, options: argparse.Namespace) -> None:
     missing = [name for name in tasks if not manager.match_tasks([name])]
     if missing:
         raise SettingsError(f"--tasks={options.tasks}: there is no {', '.join(missing)}; `lm_eval ls tasks` lists all")
+    asked = {key: getattr(options, key) for key in ("num_fewshot", "limit", "confirm_run_unsafe_code")}
+    asked |= {"tasks": tasks, "task_manager": manager, "apply_chat_template": True}
     found: dict[str, Any] = {}
     for name in answerer.models():
         try:
-            found[name] = simple_evaluate(
-                model=Examinee(answerer, options.batch_size),
-                tasks=tasks,
-                num_fewshot=options.num_fewshot,
-                limit=options.limit,
-                task_manager=manager,
-                apply_chat_template=True,
-                confirm_run_unsafe_code=options.confirm_run_unsafe_code,
-            )
-        except (ValueError, OSError, ConnectionError) as error:
+            found[name] = simple_evaluate(Examinee(answerer, options.batch_size), **asked)
+        except (ValueError, OSError) as error:
             raise SettingsError(f"--tasks={options.tasks}: {shortened(error, 300)}") from error
     for name, results in found.items():
         print(f"{name} ({answerer.name})\n{make_table(results)}")

@@ -5,70 +5,59 @@ go through the head, in pieces that take no more memory than a layer does. How l
 soft-capping, LoRA in the head, a head that is trained whole) is left to the model's own code.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from dataset import IGNORED
 
-LEAST_AT_ONCE = 128
-"""Positions of a piece, if memory would allow less: below that, matrix products become slow."""
+LEAST_AT_ONCE = 128  # positions of a piece, if memory would allow less: below that, matrix products become slow
 
 
 @dataclass(frozen=True)
 class Labelled:
     """The labelled positions of a batch: N hidden states, and the token that each should predict."""
 
-    model: Any
-    """The causal language model, without PEFT's wrapper."""
-    outputs: Any
-    """What its decoder returned."""
-    states: torch.Tensor  # (N, hidden)
-    targets: torch.Tensor  # (N,)
-    at_once: int
-    """Positions of a piece."""
+    model: Any  # the causal language model, without PEFT's wrapper
+    outputs: Any  # what its decoder returned
+    states: Tensor  # (N, hidden)
+    targets: Tensor  # (N,)
+    at_once: int  # positions of a piece
 
-    def after_decoder(self, states: torch.Tensor, **options: Any) -> Any:
+    def after_decoder(self, states: Tensor, **options: Any) -> Any:
         """What the model's own forward pass makes of (N, hidden) `states` after its decoder."""
         handed = replace(self.outputs, last_hidden_state=states[None])
         with patch.object(below_head(self.model), "forward", lambda *_, **__: handed):
             return self.model(use_cache=False, **options)
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
+    def logits(self, states: Tensor) -> Tensor:
         """(N, hidden) to (N, vocabulary)."""
-        logits: torch.Tensor = self.after_decoder(states).logits[0]
+        logits: Tensor = self.after_decoder(states).logits[0]
         return logits
 
-    def pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """States and targets, up to `at_once` positions at a time."""
         yield from zip(self.states.split(self.at_once), self.targets.split(self.at_once), strict=True)
 
-    @property
-    def trained(self) -> list[torch.Tensor]:
-        """Weights of the head that are trained: LoRA's in it, or all of them."""
-        return [weight for weight in self.model.get_output_embeddings().parameters() if weight.requires_grad]
-
-    def loss(self) -> torch.Tensor:
+    def loss(self) -> Tensor:
         """The summed cross-entropy, a float32 scalar (float64 of float64 states); it can be differentiated."""
-        loss: torch.Tensor = SummedLoss.apply(self.states, self, *self.trained)  # type: ignore[no-untyped-call]
+        trained = [weight for weight in self.model.get_output_embeddings().parameters() if weight.requires_grad]
+        loss: Tensor = SummedLoss.apply(self.states, self, *trained)  # type: ignore[no-untyped-call]
         return loss
 
-    def auxiliary(self) -> torch.Tensor:
+    def auxiliary(self) -> Tensor:
         """What a mixture of experts adds to balance its load; its decoder was asked for `output_router_logits`."""
-        found: torch.Tensor = self.after_decoder(self.states[:1], output_router_logits=True).aux_loss
+        found: Tensor = self.after_decoder(self.states[:1], output_router_logits=True).aux_loss
         return found
 
 
-def labelled(model: Any, batch: Mapping[str, torch.Tensor], **options: Any) -> Labelled:
-    """Hidden states of the labelled positions of a `batch` of `learning.training.collate`, on the model's device.
-
-    Args:
-        options: of the decoder.
-    """
+def labelled(model: Any, batch: Mapping[str, Tensor], **options: Any) -> Labelled:
+    """The labelled positions of a `batch` of `learning.training.collate`; the `options` are the decoder's."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     outputs = below_head(causal)(input_ids=batch["input_ids"], use_cache=False, **options)
     states, positions = outputs.last_hidden_state.flatten(0, 1), batch["positions"]
@@ -82,7 +71,7 @@ def below_head(causal: Any) -> Any:
     return getattr(causal.base_model, "decoder", causal.base_model)
 
 
-def labelled_positions(labels: torch.Tensor) -> torch.Tensor:
+def labelled_positions(labels: Tensor) -> Tensor:
     """Where the next token of (rows, T) `labels` carries loss, counted through all rows: (N,)."""
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return (following != IGNORED).flatten().nonzero().squeeze(1)
@@ -105,7 +94,7 @@ def positions_at_once(shapes: Any, tokens: int) -> int:
     return max(LEAST_AT_ONCE, tokens * layer_values(shapes) // (6 * shapes.vocab_size))
 
 
-def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
     """In float32, or in what is finer."""
     return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
 
@@ -114,11 +103,11 @@ class SummedLoss(torch.autograd.Function):
     """Cross-entropy of labelled positions; each piece's gradients are taken at once, so that no logits are kept."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, positions: Labelled, *trained: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, states: Tensor, positions: Labelled, *trained: Tensor) -> Tensor:
         total: Any = 0.0
         slopes, of_trained = [], [torch.zeros_like(weight) for weight in trained]
         for piece, targets in positions.pieces():
-            loss, slope, *others = piece_gradients(positions.logits, piece, targets, trained)
+            loss, slope, *others = piece_gradients(positions, piece, targets, trained)
             total = total + loss
             slopes.append(slope)
             for sums, gradient in zip(of_trained, others, strict=True):
@@ -133,15 +122,12 @@ class SummedLoss(torch.autograd.Function):
 
 
 def piece_gradients(
-    logits_of: Callable[[torch.Tensor], torch.Tensor],
-    states: torch.Tensor,
-    targets: torch.Tensor,
-    trained: tuple[torch.Tensor, ...],
-) -> tuple[torch.Tensor, ...]:
-    """The summed loss of some positions, and its gradients: of the states, and of the weights that are `trained`."""
+    positions: Labelled, states: Tensor, targets: Tensor, trained: Iterable[Tensor]
+) -> tuple[Tensor, ...]:
+    """The summed loss of a piece of `positions`, and its gradients: of states, and of the head's `trained` weights."""
     with torch.enable_grad():
         states = states.detach().requires_grad_()
-        logits = logits_of(states)
+        logits = positions.logits(states)
     likely = log_probabilities(logits.detach())
     wanted = targets[:, None]
     loss = -likely.gather(1, wanted).sum()

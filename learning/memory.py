@@ -31,30 +31,18 @@ class Sizes:
     linear: int
     other: int
     adapter: int
-    payload_bytes: int
-    """The adapter as it travels, in the form that `transfer` names."""
-    once_bytes: int
-    """What one client sends before the first round: tensors that start from the base weights (DoRA's magnitudes)."""
-    adapted: int
-    """Inputs of all layers that LoRA is in."""
-    keys_and_values: int
-    """Of a token, in all layers."""
-    text: PreTrainedConfig
-    """The shapes of the language part."""
-
-    @property
-    def layers(self) -> int:
-        return int(self.text.num_hidden_layers)
+    payload_bytes: int  # the adapter as it travels, in the form that `transfer` names
+    once_bytes: int  # that one client sends before the first round: tensors that start from the base weights
+    adapted: int  # inputs of all layers that LoRA is in
+    keys_and_values: int  # of a token, in all layers
+    text: PreTrainedConfig  # the shapes of the language part
 
 
 def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
     empty, text = adapters.empty_model(base, config.model), base.get_text_config()
     parameters = dict(empty.named_parameters())
-    linear = sum(
-        weight.numel()
-        for name, weight in parameters.items()
-        if weight.dim() == 2 and "embed" not in name and "lm_head" not in name
-    )
+    tables = {name for name in parameters if "embed" in name or "lm_head" in name}
+    linear = sum(weight.numel() for name, weight in parameters.items() if weight.dim() == 2 and name not in tables)
     shapes = adapters.adapter_shapes(empty, adapters.lora_config(config.model, empty))
     return Sizes(
         linear=linear,
@@ -69,7 +57,7 @@ def sizes(base: PreTrainedConfig, config: RunConfig) -> Sizes:
 
 
 def keys_and_values(text: PreTrainedConfig) -> int:
-    """Of a token, in all layers, each of which may have heads of its own; 0 for a model without attention (Mamba)."""
+    """Of a token, in all layers, each of which may have heads of its own; 0 without attention (Mamba)."""
     try:
         heads, widths = get_head_shapes(text)
     except AttributeError:
@@ -92,7 +80,7 @@ def memory_bytes(size: Sizes, config: RunConfig) -> float:
         layer += wide * size.text.hidden_size * inner_width(size.text)  # a weight that is dequantized
     logits = 6 * wide * min(tokens, positions_at_once(size.text, tokens)) * size.text.vocab_size
     if config.train.training_arguments.get(CHECKPOINTING):
-        training = size.layers * tokens * wide * size.text.hidden_size + max(layer, logits)
+        training = size.text.num_hidden_layers * tokens * wide * size.text.hidden_size + max(layer, logits)
     else:
         training = tokens * kept_bytes(size, config.model.quantization, wide) + max(layer / 2, logits)
     answering = tokens * wide * size.keys_and_values + layer / 2 if config.evaluate.answers else 0.0
@@ -105,10 +93,9 @@ def kept_bytes(size: Sizes, quantization: str, wide: int) -> float:
     Of a layer two norms in float32; query, key, value and result of attention; three of the gated unit's width; inputs
     of LoRA with their dropout. In 8 bits bitsandbytes keeps the inputs of linear layers as well.
     """
-    hidden = size.text.hidden_size
-    inner = inner_width(size.text)
+    hidden, inner = size.text.hidden_size, inner_width(size.text)
     values = 2 * hidden + 3 * inner + (2 * hidden + inner if quantization == "8" else 0)
-    of_layers = size.layers * (2 * 4 * hidden + wide * values)
+    of_layers = size.text.num_hidden_layers * (2 * 4 * hidden + wide * values)
     return of_layers + wide * (size.keys_and_values + 1.5 * size.adapted)
 
 
@@ -116,35 +103,28 @@ class Place(NamedTuple):
     """Where a client trains here."""
 
     name: str
-    total: float
-    """Bytes of memory."""
-    free: float
-    """Bytes that this process has, or could have now."""
+    total: float  # bytes of memory
+    free: float  # bytes that this process has, or could have now
 
 
 def place(config: RunConfig) -> Place:
-    """The GPU, or main memory. Asks the driver of the GPU: CUDA is not initialised by that."""
-    if config.client_resources.num_gpus and (gpu := first_gpu()):
-        return gpu
+    """The GPU that this process has, the fullest of those that its workers will get, or main memory.
+
+    Asks the driver of the GPU: CUDA is not initialised by that.
+    """
+    if config.client_resources.num_gpus and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        return Place(torch.cuda.get_device_name(), float(total), float(free + torch.cuda.memory_reserved()))
+    if config.client_resources.num_gpus and (card := gpus.fullest()):
+        return Place(card.name, card.total_bytes, card.free_bytes)
     memory, own = psutil.virtual_memory(), psutil.Process().memory_info().rss
     return Place("CPU, main memory", float(memory.total), float(memory.available + own))
 
 
-def first_gpu() -> Place | None:
-    """The GPU that this process has, or the fullest of those that its workers will get; None if there is none."""
-    if torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
-        return Place(torch.cuda.get_device_name(), float(total), float(free + torch.cuda.memory_reserved()))
-    card = gpus.fullest()
-    return Place(card.name, card.total_bytes, card.free_bytes) if card else None
-
-
 def budget_bytes(config: RunConfig, here: Place) -> float:
     """What one worker may take: workers that share a GPU, or the cores of a machine, share its memory."""
-    wanted = config.client_resources
-    is_shared = 0 < wanted.num_gpus < 1 if wanted.num_gpus else True
-    share = wanted.num_gpus if wanted.num_gpus else wanted.num_cpus / (os.cpu_count() or 1)
-    return MOST * min(here.free, here.total * (min(1.0, share) if is_shared else 1.0)) - OWN_BYTES
+    share = config.client_resources.num_gpus or config.client_resources.num_cpus / (os.cpu_count() or 1)
+    return MOST * min(here.free, here.total * min(1.0, share)) - OWN_BYTES
 
 
 def settled(config: RunConfig) -> RunConfig:
@@ -156,13 +136,12 @@ def settled(config: RunConfig) -> RunConfig:
 
 def decided(config: RunConfig, size: Sizes, here: Place) -> RunConfig:
     """As `settled`: checkpointing is off where memory allows, which is a third faster."""
-    without = with_arguments(config, {CHECKPOINTING: False})
-    fits = memory_bytes(size, without) <= budget_bytes(config, here)
-    return without if fits else with_arguments(config, {CHECKPOINTING: True})
+    fits = memory_bytes(size, checkpointed(config, False)) <= budget_bytes(config, here)
+    return checkpointed(config, not fits)
 
 
-def with_arguments(config: RunConfig, changed: dict[str, object]) -> RunConfig:
-    arguments = config.train.training_arguments | changed
+def checkpointed(config: RunConfig, is_on: bool) -> RunConfig:
+    arguments = config.train.training_arguments | {CHECKPOINTING: is_on}
     return replace(config, train=replace(config.train, training_arguments=arguments))
 
 
@@ -171,7 +150,7 @@ def describe_memory(config: RunConfig, size: Sizes) -> str:
     elsewhere = Place(f"ray.address={config.ray.address}", inf, inf) if config.ray.address else None
     here, is_open = elsewhere or place(config), config.train.training_arguments.get(CHECKPOINTING) == "auto"
     chosen, budget = decided(config, size, here) if is_open else config, budget_bytes(config, here)
-    needed, without = memory_bytes(size, chosen), memory_bytes(size, with_arguments(config, {CHECKPOINTING: False}))
+    needed, without = memory_bytes(size, chosen), memory_bytes(size, checkpointed(config, False))
     text = f"about {bytes_text(needed)}"
     if isinf(budget):
         how = " without checkpointing" if is_open else ""
@@ -192,20 +171,18 @@ def advice(config: RunConfig) -> str:
 
 def advice_on(config: RunConfig, size: Sizes) -> str:
     train, now = config.train, memory_bytes(size, config)
-    checkpointing = {**train.training_arguments, CHECKPOINTING: True}
     shorter = max(16, train.seq_length // 2)  # 16 is the least
-    in_training = {
-        "train.training_arguments.gradient_checkpointing=true": replace(train, training_arguments=checkpointing),
-        "train.micro_batch_size=1": replace(train, micro_batch_size=1),
-        f"train.seq_length={shorter}": replace(train, seq_length=shorter),
+    less = {
+        "train.training_arguments.gradient_checkpointing=true": checkpointed(config, True),
+        "train.micro_batch_size=1": replace(config, train=replace(train, micro_batch_size=1)),
+        f"train.seq_length={shorter}": replace(config, train=replace(train, seq_length=shorter)),
+        "model.quantization=4": replace(config, model=replace(config.model, quantization="4")),
     }
-    less = {setting: replace(config, train=changed) for setting, changed in in_training.items()}
-    less["model.quantization=4"] = replace(config, model=replace(config.model, quantization="4"))
     saved = {setting: now - memory_bytes(size, changed) for setting, changed in less.items()}
     if 0 < config.client_resources.num_gpus < 1:
         saved["client_resources.num_gpus=1"] = (1 / config.client_resources.num_gpus - 1) * now
-    best = sorted((setting for setting in saved if saved[setting] > 0), key=lambda setting: -saved[setting])
-    return ", ".join(f"{setting} (about {bytes_text(saved[setting])} less)" for setting in best)
+    best = sorted(saved, key=lambda setting: -saved[setting])
+    return ", ".join(f"{key} (about {bytes_text(saved[key])} less)" for key in best if saved[key] > 0)
 
 
 def start_peak(device: torch.device) -> None:

@@ -7,12 +7,11 @@ in float32; each sum goes to a file beside the result, and is mapped in turn unt
 import argparse
 import ctypes
 import shutil
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,12 +30,11 @@ SHARDS, LEAST_SHARD_BYTES = 20, 100_000_000  # of the result: one of them is in 
 BASIS_BYTES = 700_000_000  # of a process with the model libraries
 
 
-def merge(checkpoint: Path, options: argparse.Namespace) -> None:
-    """Write the adapter merged into the unquantized base model, with tokenizer and chat template.
+def merge(answerer: Answerer, options: argparse.Namespace) -> None:
+    """Write base model and adapter as one model, with tokenizer and chat template.
 
     The sum is taken in float32: bfloat16 weights are too coarse for what an adapter adds.
     """
-    answerer = Answerer(checkpoint, options)
     cfg, tokenizer = answerer.tuned.cfg, answerer.tokenizer
     if cfg.quantization != "none":
         raise SettingsError(
@@ -46,61 +44,42 @@ def merge(checkpoint: Path, options: argparse.Namespace) -> None:
     tokenizer.chat_template = answerer.template
     kind = getattr(torch, options.merge_dtype)
     folder = adapters.base_folder(cfg)
-    need = needed(adapters.empty_model(adapters.described(cfg, folder), cfg), kind)
-    print(f"merging into {bytes_text(need.file)}: {need}", flush=True)
-    need.check_disk(options.merge)
+    empty = adapters.empty_model(adapters.described(cfg, folder), cfg)
+    shard_bytes = check_room(options.merge, [parameter.numel() for parameter in empty.parameters()], kind)
     model = answerer.tuned.load(stored_dtype(folder))
     untie(model)
     with writing("merge", options.merge):
         options.merge.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".pieces-", dir=options.merge) as pieces:
-        merged = summed(model, Pieces(Path(pieces), kind, options.merge))
+    with TemporaryDirectory(prefix=".pieces-", dir=options.merge) as pieces:
+        merged = summed(model, Path(pieces), kind)
         merged.generation_config = generation_settings(merged.generation_config, sorted(end_ids(tokenizer)))
         with writing("merge", options.merge):
-            merged.save_pretrained(options.merge, max_shard_size=need.shard)
-    with writing("merge", options.merge):
-        tokenizer.save_pretrained(options.merge)
-        let_others_read(*options.merge.glob("*.safetensors"))
+            merged.save_pretrained(options.merge, max_shard_size=shard_bytes)
+            tokenizer.save_pretrained(options.merge)
+            let_others_read(*options.merge.glob("*.safetensors"))
     print(f"merged model: {options.merge}")
 
 
 # --- what it takes --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Need:
-    """Bytes that a merge takes: of the file that it writes, and of memory."""
+def check_room(folder: Path, sizes: Sequence[int], kind: torch.dtype) -> int:
+    """Say what merging parameters of these `sizes` into `folder` takes; returns the bytes of one file of the result.
 
-    file: int
-    shard: int
-    layer: int
-    """The largest, in float32."""
-
-    @property
-    def memory(self) -> int:
-        """What must not be taken away; besides it, parts of files are kept in memory while there is room."""
-        return BASIS_BYTES + 2 * self.layer + self.shard
-
-    def __str__(self) -> str:
-        return (
-            f"needs about {bytes_text(self.memory)} of memory, and {bytes_text(2 * self.file)} of disk until it is done"
+    Raises SettingsError if the disk has no room for it.
+    """
+    whole = sum(sizes) * kind.itemsize
+    shard = max(LEAST_SHARD_BYTES, whole // SHARDS)
+    memory = BASIS_BYTES + 2 * 4 * max(sizes) + shard  # besides it, parts of files are kept there while there is room
+    needs = f"needs about {bytes_text(memory)} of memory, and {bytes_text(2 * whole)} of disk until it is done"
+    print(f"merging into {bytes_text(whole)}: {needs}", flush=True)
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if (free := shutil.disk_usage(place).free) < 2 * whole:
+        raise SettingsError(
+            f"--merge={folder}: {needs}; the disk has {bytes_text(free)} left; choose a folder on another, or "
+            "--merge-dtype=bfloat16 for half of it"
         )
-
-    def check_disk(self, folder: Path) -> None:
-        """Raise SettingsError if the disk below `folder` has no room for it."""
-        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if (free := shutil.disk_usage(place).free) < 2 * self.file:
-            raise SettingsError(
-                f"--merge={folder}: {self}; the disk has {bytes_text(free)} left; choose a folder on another, or "
-                "--merge-dtype=bfloat16 for half of it"
-            )
-
-
-def needed(empty: Any, kind: torch.dtype) -> Need:
-    """What merging into the model that is `empty` here takes."""
-    sizes = [parameter.numel() for parameter in empty.parameters()]
-    file = sum(sizes) * kind.itemsize
-    return Need(file, max(LEAST_SHARD_BYTES, file // SHARDS), 4 * max(sizes))
+    return shard
 
 
 def stored_dtype(folder: Path) -> torch.dtype | str:
@@ -115,62 +94,43 @@ def stored_dtype(folder: Path) -> torch.dtype | str:
 # --- the sum, layer by layer ----------------------------------------------------------------------
 
 
-@dataclass
-class Pieces:
-    """Tensors in files, mapped into memory: the system reads them when they are used, and forgets them at will."""
+def mapped(tensor: torch.Tensor, folder: Path, kind: torch.dtype) -> torch.Tensor:
+    """The same tensor, floating-point numbers as `kind`, from a new file in `folder` that is mapped into memory.
 
-    folder: Path
-    kind: torch.dtype
-    result: Path
-    count: int = 0
-
-    def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same tensor from a file; floating-point numbers as `kind`."""
-        if not tensor.numel():
-            return tensor
-        value = (tensor.to(self.kind) if tensor.is_floating_point() else tensor).contiguous()
-        self.count += 1
-        file = self.folder / str(self.count)
-        with writing("merge", self.result), file.open("wb") as opened:
-            opened.write(value.view(-1).view(torch.uint8).numpy().data)
-        kept = torch.from_file(str(file), shared=False, size=value.numel(), dtype=value.dtype)
-        return kept.view(value.shape)
+    The system reads such a file when it is used, and forgets it at will.
+    """
+    if not tensor.numel():
+        return tensor
+    value = (tensor.to(kind) if tensor.is_floating_point() else tensor).contiguous()
+    with writing("merge", folder.parent), NamedTemporaryFile(dir=folder, delete=False) as file:
+        file.write(value.view(-1).view(torch.uint8).numpy().data)
+    return torch.from_file(file.name, shared=False, size=value.numel(), dtype=value.dtype).view(value.shape)
 
 
-def summed(model: Any, pieces: Pieces) -> Any:
-    """`model` without its adapter, which is in its weights; those are in `pieces`."""
+def summed(model: Any, pieces: Path, kind: torch.dtype) -> Any:
+    """`model` without its adapter, which is in its weights; those are files in the folder `pieces`, as `kind`."""
+    tuned: dict[torch.nn.Module, list[BaseTunerLayer]] = defaultdict(list)  # layers, and what changes them
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "merge"):
+            tuned[module.get_base_layer()].append(module)
     advice = "; load it beside its base model instead"
     done: set[int] = set()
-    with explained(f"--merge={pieces.result}: PEFT cannot merge this adapter", advice):  # such as LoRA with biases
-        for base, layers in tuned_layers(model):
+    with explained(f"--merge={pieces.parent}: PEFT cannot merge this adapter", advice):  # such as LoRA with biases
+        for base, layers in tuned.items():
             for parameter in base.parameters(recurse=False):
                 parameter.data = parameter.data.to(torch.float32, copy=True)  # what is mapped stays as it is
             for layer in layers:
                 layer.merge()
             for parameter in base.parameters(recurse=False):
-                parameter.data = pieces.put(parameter.data)
+                parameter.data = mapped(parameter.data, pieces, kind)
                 done.add(id(parameter))
-            give_back()
+            with suppress(AttributeError):  # of freed memory glibc keeps blocks of tens of megabytes
+                ctypes.CDLL(None).malloc_trim(0)
         merged = model.merge_and_unload()
     for tensor in (*merged.parameters(), *merged.buffers()):
         if id(tensor) not in done:
-            tensor.data = pieces.put(tensor.data)
+            tensor.data = mapped(tensor.data, pieces, kind)
     return merged
-
-
-def give_back() -> None:
-    """Return freed memory to the system, of which glibc keeps blocks of tens of megabytes for later."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def tuned_layers(model: Any) -> Iterator[tuple[torch.nn.Module, list[BaseTunerLayer]]]:
-    """The layers of the base model that an adapter changes, each with what changes it."""
-    found: dict[torch.nn.Module, list[BaseTunerLayer]] = defaultdict(list)
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and hasattr(module, "merge"):
-            found[module.get_base_layer()].append(module)
-    yield from found.items()
 
 
 # --- around the weights ---------------------------------------------------------------------------

@@ -3,11 +3,11 @@
 A row is `{"input_ids": [...], "labels": [...]}`; labels of IGNORED carry no loss.
 """
 
-import functools
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -22,31 +22,27 @@ from dataset import IGNORED
 from learning.head import labelled, labelled_positions
 from settings.schema import RunConfig, check_keywords
 
-MANAGED_ARGUMENTS = {
-    "learning_rate": "set train.learning_rate_max and train.learning_rate_min",
-    "max_length": "set train.seq_length",
-    "seed": "set seed",
-    "data_seed": "set seed",
-    "output_dir": "set hydra.run.dir",
-    "report_to": "metrics are in metrics.jsonl",
-    "packing": "rows are sorted by length instead",
-    "padding_free": "rows are sorted by length instead",
-    "eval_strategy": "set strategy.fraction_evaluate",
-    "save_strategy": "set train.save_every_round",
-    "train_sampling_strategy": "every round sees fresh rows",
-    "remove_unused_columns": "rows come tokenized",
-    "chat_template_path": "set dataset.template",
-    "resume_from_checkpoint": "runs are not resumed by the trainer",
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "accelerator_config"), "a worker trains on one device"),
-    "model_init_kwargs": "set model.*",
-    "dataset_kwargs": "rows come tokenized",
-    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"), "upload a checkpoint yourself: hf upload"),
-    **dict.fromkeys(
-        ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "the base model's own is used: see its dtype"
-    ),
-    **dict.fromkeys(("loss_type", "label_smoothing_factor"), "the loss is cross-entropy"),
-    "num_train_epochs": "set train.training_arguments.max_steps and num_rounds",
+DECIDED = {  # what decides fields of `trl.SFTConfig` that cannot be set
+    "set train.learning_rate_max and train.learning_rate_min": "learning_rate",
+    "set train.training_arguments.max_steps and num_rounds": "num_train_epochs",
+    "set train.seq_length": "max_length",
+    "set seed": "seed data_seed",
+    "set hydra.run.dir": "output_dir",
+    "set strategy.fraction_evaluate": "eval_strategy",
+    "set train.save_every_round": "save_strategy",
+    "set dataset.template": "chat_template_path",
+    "set model.*": "model_init_kwargs",
+    "metrics are in metrics.jsonl": "report_to",
+    "rows are sorted by length instead": "packing padding_free",
+    "rows come tokenized": "remove_unused_columns dataset_kwargs",
+    "every round sees fresh rows": "train_sampling_strategy",
+    "runs are not resumed by the trainer": "resume_from_checkpoint",
+    "a worker trains on one device": "deepspeed fsdp fsdp_config accelerator_config",
+    "upload a checkpoint yourself: hf upload": "push_to_hub hub_model_id hub_token",
+    "the base model's own is used: see its dtype": "bf16 fp16 bf16_full_eval fp16_full_eval",
+    "the loss is cross-entropy": "loss_type label_smoothing_factor",
 }
+MANAGED_ARGUMENTS = {name: reason for reason, names in DECIDED.items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,8 @@ class Task:
 
     round_number: int
     learning_rate: float
-    first_row: int = 0
-    """Rows that this client has trained on before: it continues after them."""
-    proximal_mu: float = 0.0
-    """FedProx: strength of the pull towards the received adapter."""
+    first_row: int = 0  # rows that this client has trained on before: it continues after them
+    proximal_mu: float = 0.0  # FedProx: strength of the pull towards the received adapter
 
 
 def train_on(trainer: SFTTrainer, rows: list[dict[str, list[int]]], task: Task, seed: int) -> float:
@@ -82,28 +76,21 @@ def train_on(trainer: SFTTrainer, rows: list[dict[str, list[int]]], task: Task, 
 @contextmanager
 def proximal_pull(model: Any, mu: float) -> Iterator[None]:
     """FedProx (arXiv:1812.06127, equation 2): every backward pass adds the gradient of mu/2 * ||w - w_round||^2."""
-    hooks = []
-    for weight in model.parameters() if mu else ():
-        if weight.requires_grad:
-            pull = functools.partial(pulled, weight=weight, start=weight.detach().clone(), strength=mu)
-            hooks.append(weight.register_hook(pull))
-    try:
+
+    def pull(weight: torch.Tensor, start: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        return grad + mu * (weight.detach() - start)
+
+    with ExitStack() as hooks:
+        for weight in model.parameters() if mu else ():
+            if weight.requires_grad:
+                hooks.enter_context(weight.register_hook(partial(pull, weight, weight.detach().clone())))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def pulled(grad: torch.Tensor, *, weight: torch.Tensor, start: torch.Tensor, strength: float) -> torch.Tensor:
-    return grad + strength * (weight.detach() - start)
 
 
 def by_length(rows: list[dict[str, list[int]]], batch_size: int) -> list[dict[str, list[int]]]:
     """`rows` with each batch of `batch_size` sorted longest first, so that micro-batches need little padding."""
-    ordered = []
-    for start in range(0, len(rows), batch_size):
-        ordered += sorted(rows[start : start + batch_size], key=lambda row: -len(row["input_ids"]))
-    return ordered
+    batches = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+    return [row for batch in batches for row in sorted(batch, key=lambda row: -len(row["input_ids"]))]
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -152,10 +139,9 @@ class LabelledTrainer(SFTTrainer):
 
 
 def make_trainer(model: Any, tokenizer: Any, config: RunConfig) -> SFTTrainer:
-    """An SFTTrainer whose optimizer step is `batch_size` rows in passes of `micro_batch_size`.
+    """An SFTTrainer whose optimizer step is `batch_size` rows, tokenized and ordered, in passes of `micro_batch_size`.
 
-    The loss of a step is normalised by all its response tokens, so the passes add up to the gradient of
-    the whole batch. Rows come tokenized and ordered.
+    The loss of a step is normalised by all its response tokens, so the passes add up to the gradient of the whole.
     """
     with (
         tempfile.TemporaryDirectory() as unused,
@@ -186,7 +172,7 @@ def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
     micro = min(config.train.micro_batch_size, config.batch_size)
     if config.client_resources.num_gpus and not cuda:
         given.pop("tf32", None)  # a driver sees no GPU: its workers check it
-    if given.get("gradient_checkpointing") and config.model.quantization == "8":
+    if given["gradient_checkpointing"] and config.model.quantization == "8":
         given.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": True})
     given |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": config.batch_size // micro}
     defaults: dict[str, Any] = {
@@ -200,14 +186,12 @@ def training_arguments(config: RunConfig, output_folder: str) -> SFTConfig:
     arguments = SFTConfig(
         **(defaults | given),
         output_dir=output_folder,
-        learning_rate=config.train.learning_rate_max,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         report_to="none",
         save_strategy="no",
-        eval_strategy="no",
         bf16=False,  # `model.arithmetic` says it
         use_cpu=not cuda,
         seed=config.seed,

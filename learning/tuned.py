@@ -13,7 +13,6 @@ from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights
 from transformers import AutoTokenizer, PreTrainedConfig
 
@@ -55,33 +54,23 @@ class Tuned:
 
     checkpoint: Path
     cfg: ModelConfig
-    lora: LoraConfig
+    lora: peft.LoraConfig
     tokenizer: Any
-    rows: int | None
-    """Of the embeddings, if the adapter was trained with more or fewer tokens than the base model has."""
+    rows: int | None  # of the embeddings, if they are not as many as the base model has
 
     def load(self, dtype: torch.dtype | str | None = None) -> Any:
-        """The adapter in its base model: as it is asked, or with a `dtype` ("auto": as stored) in main memory.
-
-        Raises:
-            SettingsError: if the base model does not load, or PEFT cannot put the adapter into it.
-        """
+        """The adapter in its base model: as it is asked, or with a `dtype` ("auto": as stored) in main memory."""
         cfg = self.cfg
         with told_of(self.checkpoint):
             base = adapters.load_weights(cfg, dtype, "cpu") if dtype else adapters.load_base(cfg)
             with explained(f"PEFT cannot put it into {cfg.name} with quantization {cfg.quantization}"):
                 if self.rows:
                     resize(base, self.rows)
-                if dtype:
-                    self.in_float32(base)
-                model = PeftModel.from_pretrained(base, str(self.checkpoint), config=self.lora)
+                for name, module in base.named_modules() if dtype else ():  # PEFT makes its whole modules alike
+                    if name.endswith(tuple(self.lora.modules_to_save or ())):
+                        module.float()
+                model = peft.PeftModel.from_pretrained(base, str(self.checkpoint), config=self.lora)
                 return adapters.fit_saved_modules(model).eval()
-
-    def in_float32(self, base: Any) -> None:
-        """Let modules that the adapter brings whole take its float32 values: PEFT makes them like the base model's."""
-        for name, module in base.named_modules():
-            if name.endswith(tuple(self.lora.modules_to_save or ())):
-                module.float()
 
 
 def find_tuned(checkpoint: Path, options: argparse.Namespace) -> Tuned:
@@ -108,10 +97,8 @@ def find_tuned(checkpoint: Path, options: argparse.Namespace) -> Tuned:
         expected = expected_shapes(empty, lora)
         for name in sorted(expected.keys() | shapes.keys()):
             if expected.get(name) != shapes.get(name) and not (name not in expected and is_whole(name, embeddings)):
-                raise SettingsError(
-                    f"does not fit the base model {cfg.name}: {name} is {shapes.get(name)}, "
-                    f"the base model needs {expected.get(name)}"
-                )
+                misfit = f"{name} is {shapes.get(name)}, the base model needs {expected.get(name)}"
+                raise SettingsError(f"does not fit the base model {cfg.name}: {misfit}")
     return Tuned(checkpoint, cfg, lora, tokenizer, rows if rows != known else None)
 
 
@@ -127,14 +114,13 @@ def read_object(file: Path) -> dict[str, Any]:
         return content
 
 
-def read_lora(saved: Mapping[str, Any]) -> LoraConfig:
+def read_lora(saved: Mapping[str, Any]) -> peft.LoraConfig:
     """The adapter's settings. Raises SettingsError for other methods than LoRA, and for what this PEFT cannot do."""
     for key, allowed in (("peft_type", ["LORA"]), ("task_type", ["CAUSAL_LM", None])):
         if saved.get(key) not in allowed:
-            raise SettingsError(
-                f"adapter_config.json has {key}={saved.get(key)}; only {allowed[0]} can be loaded: name another adapter"
-            )
-    known = {field.name for field in fields(LoraConfig) if field.init}
+            only = f"only {allowed[0]} can be loaded: name another adapter"
+            raise SettingsError(f"adapter_config.json has {key}={saved.get(key)}; {only}")
+    known = {field.name for field in fields(peft.LoraConfig) if field.init}
     for key in sorted(saved.keys() - known):
         if saved[key]:  # what is off has no effect
             raise SettingsError(
@@ -143,7 +129,7 @@ def read_lora(saved: Mapping[str, Any]) -> LoraConfig:
                 "without it"
             )
     with explained("adapter_config.json has impossible settings"):
-        lora = LoraConfig(**{key: value for key, value in saved.items() if key in known - {"runtime_config"}})
+        lora = peft.LoraConfig(**{key: value for key, value in saved.items() if key in known - {"runtime_config"}})
         names = lora.modules_to_save or []
         if not isinstance(names, list | set) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"modules_to_save={names} is no list of names")
@@ -157,15 +143,13 @@ def base_settings(saved: Mapping[str, Any], checkpoint: Path, options: argparse.
         raise SettingsError(f"adapter_config.json has base_model_name_or_path={name}; name the base model with --base")
     base = options.base or find_base(str(name), checkpoint)
     if not options.base and revision not in (None, "", "main") and not local_path(base):
-        raise SettingsError(
-            f"adapter_config.json has revision={revision}; download that one, and name its folder with --base"
-        )
+        instead = "download that one, and name its folder with --base"
+        raise SettingsError(f"adapter_config.json has revision={revision}; {instead}")
     state = read_object(checkpoint / "state.json") if os.path.isfile(checkpoint / "state.json") else {}
     chosen = options.quantization or state.get("quantization") or "none"
     if chosen not in ("4", "8", "none"):
         raise SettingsError(f"state.json has quantization={chosen}; set --quantization")
-    trusted = options.trust_remote_code
-    return ModelConfig(name=base, quantization=chosen, trust_remote_code=trusted, cache_folder=None)
+    return ModelConfig(name=base, quantization=chosen, trust_remote_code=options.trust_remote_code, cache_folder=None)
 
 
 def find_base(name: str, checkpoint: Path) -> str:
@@ -177,10 +161,7 @@ def find_base(name: str, checkpoint: Path) -> str:
 
 
 def tensor_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the adapter's tensors. Raises SettingsError if they cannot be read, or are not finite.
-
-    A pickle is read as data only: it cannot run code.
-    """
+    """Names and shapes of the adapter's tensors, all finite. A pickle is read as data only: it cannot run code."""
     files = [checkpoint / name for name in (adapters.ADAPTER_FILE, PICKLED_FILE)]  # in PEFT's order
     file = next(filter(os.path.exists, files), None)
     if file is None:
@@ -231,11 +212,9 @@ def is_whole(name: str, embeddings: Sequence[str]) -> bool:
 def rows_needed(
     shapes: Mapping[str, tuple[int, ...]], embeddings: Sequence[str], known: int, tokenizer: Any, is_own: bool
 ) -> int:
-    """Rows of the embeddings that the adapter was trained with.
+    """Rows of the embeddings that the adapter was trained with; the base model has `known`.
 
-    Args:
-        known: rows that the base model has.
-        is_own: whether `tokenizer` is the adapter's own; it may have more tokens than the base model.
+    A `tokenizer` that is the adapter's own may have more tokens than the base model.
     """
     saved = [shape[0] for name, shape in shapes.items() if is_whole(name, embeddings) and shape]
     tokens = max(tokenizer.get_vocab().values()) + 1
@@ -248,23 +227,19 @@ def rows_needed(
     return rows
 
 
-def saved_modules(lora: LoraConfig, shapes: Mapping[str, Any], embeddings: Sequence[str]) -> list[str] | None:
+def saved_modules(lora: peft.LoraConfig, shapes: Mapping[str, Any], embeddings: Sequence[str]) -> list[str] | None:
     """`modules_to_save` with embeddings that were saved without it, so that the base model's own stay beside them."""
-    listed = list(lora.modules_to_save or [])
-    saved = [name for name in embeddings if f"{PREFIX}{name}.weight" in shapes]
-    return [*listed, *(name for name in saved if not name.endswith(tuple(listed)))] or None
+    listed = tuple(lora.modules_to_save or ())
+    saved = [name for name in embeddings if f"{PREFIX}{name}.weight" in shapes and not name.endswith(listed)]
+    return [*listed, *saved] or None
 
 
-def expected_shapes(empty: Any, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """What PEFT saves of an adapter with these settings in the `empty` base model, which then has one.
-
-    Raises:
-        SettingsError: if it cannot make one in this model.
-    """
+def expected_shapes(empty: Any, lora: peft.LoraConfig) -> dict[str, tuple[int, ...]]:
+    """What PEFT saves of an adapter with these settings in the `empty` base model, which then has one."""
     chosen = copy.deepcopy(lora)
     chosen.init_lora_weights = True  # others, such as PiSSA, need the weights
     with explained("adapter_config.json does not fit the base model"), torch.device("meta"):
-        model = get_peft_model(empty, chosen)
+        model = peft.get_peft_model(empty, chosen)
         saved = get_peft_model_state_dict(model, model.state_dict(), save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in saved.items()}
 

@@ -12,10 +12,9 @@ OUT_OF_MEMORY = (  # as CUDA and its libraries say it, where PyTorch's allocator
 
 def is_unusable() -> bool:
     """Whether CUDA fails at everything in this process from now on, as after an illegal access, an assert or an Xid."""
-    if not torch.cuda.is_initialized():
-        return False
     try:
-        torch.cuda.synchronize()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
     except RuntimeError as error:
         return not is_out_of_memory(error)
     return False

@@ -8,8 +8,8 @@ import functools
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
@@ -27,31 +27,20 @@ class Card:
 
 @functools.cache
 def given() -> str | None:
-    """What CUDA_VISIBLE_DEVICES was when this process first asked, before `show` changed it; None: it was not set."""
+    """What CUDA_VISIBLE_DEVICES was before `show` first changed it; None: it was not set."""
     return os.environ.get(VARIABLE)
 
 
 def show(ids: Sequence[str]) -> None:
-    """Let the libraries of this process, and the processes it starts, see these GPUs alone; none if there are none.
-
-    To be called before any of them looks.
-    """
+    """Let libraries of this process, before they look, and the processes it starts see these GPUs alone."""
     given()
     os.environ[VARIABLE] = ",".join(ids)
 
 
-def show_given() -> None:
-    """Take back what `show` did, for a process that this one starts, or becomes."""
-    if (before := given()) is None:
-        os.environ.pop(VARIABLE, None)
-    else:
-        os.environ[VARIABLE] = before
-
-
 def first() -> list[str]:
     """The first GPU that this process was given, if there is one; asks nobody, so it need not exist."""
-    names = [name.strip() for name in given().split(",")] if given() is not None else ["0"]  # type: ignore[union-attr]
-    return [name for name in names[:1] if name]
+    name = "0" if (text := given()) is None else text.split(",")[0].strip()
+    return [name] if name else []
 
 
 def ids() -> list[str]:
@@ -85,8 +74,8 @@ def card_of(name: str, found: Sequence[Card]) -> Card | None:
 def fullest() -> Card | None:
     """Of the GPUs that this process was given, the one with the least free memory."""
     found = cards()
-    given_ones = [card for name in ids() if (card := card_of(name, found))]
-    return min(given_ones, key=lambda card: card.free_bytes, default=None)
+    seen = [card for name in ids() if (card := card_of(name, found))]
+    return min(seen, key=lambda card: card.free_bytes, default=None)
 
 
 def cards() -> list[Card]:
@@ -97,19 +86,14 @@ def cards() -> list[Card]:
         nvml.nvmlInit()
     except nvml.NVMLError:
         return []
+    found = []
     try:
-        handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
-        return [Card(nvml.nvmlDeviceGetUUID(each), nvml.nvmlDeviceGetName(each), *memory_of(each)) for each in handles]
+        for handle in map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount())):
+            total, free = math.inf, math.inf
+            with suppress(nvml.NVMLError):
+                memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+                total, free = float(memory.total), float(memory.free)
+            found.append(Card(nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle), total, free))
     finally:
         nvml.nvmlShutdown()
-
-
-def memory_of(handle: Any) -> tuple[float, float]:
-    """Bytes in all and free, of a card of NVML."""
-    from ray._private.thirdparty import pynvml as nvml
-
-    try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    except nvml.NVMLError:
-        return math.inf, math.inf
-    return float(memory.total), float(memory.free)
+    return found

@@ -70,4 +70,4 @@ def test_merging_takes_at_most_twice_the_memory_of_its_file_and_what_it_said(lar
 def test_merging_that_the_disk_has_no_room_for_is_refused_before(monkeypatch, tmp_path):
     monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     with pytest.raises(SettingsError, match=r"needs about 1.* of memory, and 2.0 GB of disk .* has 1.0 GB left"):
-        merging.Need(file=10**9, shard=10**8, layer=10**8).check_disk(tmp_path / "new" / "folder")
+        merging.check_room(tmp_path / "new" / "folder", [25_000_000] * 10, torch.float32)
