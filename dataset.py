@@ -15,54 +15,34 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, disable_progress_bars, load_from_disk
+from datasets import Dataset, ReadInstruction, disable_progress_bars
 
 from data.cells import NUMBER, TEXT, TRUTH, object_in
 from data.display import alarm
-from data.files import data_files, is_saved, kind_of
-from data.forms import (
-    NO_ANSWER,
-    Conversation,
-    Rows,
-    Survey,
-    Turn,
-    as_message,
-    asked_in,
-    form_of,
-    left_out,
-    survey,
-)
-from data.reading import cells_of_rows, rows_of
-from data.table import Reading, Table, places, table_of
+from data.files import CARD, data_files, kind_of, local_files
+from data.forms import NO_ANSWER, Conversation, Rows, Survey, Turn, as_message, asked_in, form_of, left_out, survey
+from data.reading import rows_of
+from data.table import Table, table_of
 from data.templates import encode_text, end_ids, find_template, read_template
-from data.tokens import (
-    IGNORED,
-    Partition,
-    encode_prompt,
-    encoded,
-    fault,
-    load_partition,
-    save_partition,
-    tokenize_rows,
-)
-from hub.data import hub_data
+from data.tokens import IGNORED, Partition, encode_prompt, encoded, load_partition, save_partition, tokenize_rows
+from hub.access import ask, download, files_of, whole
 from settings.schema import DatasetConfig, RunError, SettingsError, check_keywords
-from utils import generator, local_path, shortened
+from utils import Bar, generator, local_path, shortened
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 __all__ = [
     "IGNORED", "NO_ANSWER", "Partition", "Rows", "Survey", "Turn", "alarm", "as_message", "asked_in", "encode_prompt",
-    "encode_text", "end_ids", "fault", "find_template", "kind_of", "left_out", "load_partition", "object_in",
+    "encode_text", "encoded", "end_ids", "find_template", "kind_of", "left_out", "load_partition", "object_in",
     "read_template", "save_partition", "survey", "tokenize_rows",
 ]  # fmt: skip
 
@@ -73,18 +53,25 @@ ROW_NUMBER = "flowertune: row number"  # a column beside the user's own, by whic
 
 
 def load_rows(cfg: DatasetConfig) -> Rows:
-    """All rows of `dataset.name`.
-
-    Raises:
-        SettingsError: if there is no such data set, it cannot be read, or its columns make no rows.
-    """
+    """All rows of `dataset.name`. Raises SettingsError if it cannot be found or read, or its columns make no rows."""
     return as_rows(read_table(cfg), cfg.columns, f"dataset.name={cfg.name}")
 
 
 def read_table(cfg: DatasetConfig) -> Table:
     disable_progress_bars()
-    path = local_rows(cfg.name)
-    return read_local(cfg, path) if path else read_hub(cfg)
+    path, name = local_rows(cfg.name), f"dataset.name={cfg.name}: "
+    try:
+        if "[" in cfg.split or "+" in cfg.split:
+            return read_parts(cfg)
+        kind, files = local_files(cfg, path) if path else hub_files(cfg)
+        size, what = sum(file.stat().st_size for file in files), f"reading {Path(cfg.name).name}"
+        with Bar(total=size, desc=what, unit="B", unit_scale=True, delay=2) as bar:
+            rows = (rows_of(file, called, kind, cfg.split, bar.update) for file, called in files.items())
+            return table_of(itertools.chain.from_iterable(rows))
+    except SettingsError as error:
+        raise SettingsError(name + str(error).removeprefix(name)) from error
+    except OSError as error:
+        raise SettingsError(f"{name}cannot be read ({error.strerror or error})") from error
 
 
 def as_rows(table: Table, columns: Mapping[str, Any], name: str) -> Rows:
@@ -96,11 +83,7 @@ def as_rows(table: Table, columns: Mapping[str, Any], name: str) -> Rows:
 
 
 def local_rows(name: str, key: str = "dataset.name") -> Path | None:
-    """The file or folder that `name`, the value of `key`, means; None for a Hub id.
-
-    Raises:
-        SettingsError: if it can be no Hub id, and is not there.
-    """
+    """The file or folder that `name`, the value of `key`, means; None for a Hub id."""
     if not name.strip():
         raise SettingsError(f"{key}={name}: needs a file, a folder or the id of a Hub data set")
     path = local_path(name)
@@ -120,81 +103,34 @@ def load_eval_rows(cfg: DatasetConfig) -> Rows:
         raise type(error)(words.replace("dataset.split=", "dataset.eval_split=")) from error
 
 
-def has_text(cfg: DatasetConfig, folder: Path) -> bool:
-    """Whether the rows of a repository of the Hub are in JSON or CSV files."""
-    try:
-        kind, _ = data_files(folder, cfg.split, cfg.subset, in_splits=True)
-        return kind in ("json", "csv")
-    except SettingsError:
-        return False
+def hub_files(cfg: DatasetConfig) -> tuple[str, dict[Path, str]]:
+    """As `local_files`, of a Hub data set: downloaded; where the Hub cannot be reached, the cache has to hold them all.
 
-
-def read_local(cfg: DatasetConfig, path: Path, in_splits: bool = False) -> Table:
-    """Rows of a file, or of all files of one kind in a folder, in the order of their names.
-
-    Args:
-        in_splits: every file belongs to a split, to train if nothing else is said; otherwise it may be that none does.
+    Raises SettingsError if there is none of that name or split for this user, RunError if the network fails.
     """
-    name = f"dataset.name={cfg.name}"
-    try:
-        if path.is_dir() and is_saved(path):
-            return read_saved(cfg, path)
-        if "[" in cfg.split or "+" in cfg.split:
-            raise SettingsError(f"dataset.split={cfg.split}: parts and sums of splits are for data sets of the Hub")
-        kind, files = data_files(path, cfg.split, cfg.subset, in_splits)
-        with contextlib.closing(Reading(path.name, sum(file.stat().st_size for file in files), "B")) as progress:
-            names = {file: file.name if file == path else file.relative_to(path).as_posix() for file in files}
-            read = (places(names[file], rows_of(file, names[file], kind, cfg.split, progress)) for file in files)
-            return table_of(itertools.chain.from_iterable(read))
-    except SettingsError as error:
-        raise SettingsError(f"{name}: {error}") from error
-    except OSError as error:
-        raise SettingsError(f"{name}: cannot be read ({error.strerror or error})") from error
+    repository = ask(cfg.name, "dataset")
+    with whole(repository):
+        names = files_of(repository)
+        about = download(repository, [name for name in names if name == CARD])
+        kind, chosen = data_files(cfg, names, about / CARD, in_splits=True)
+        folder = download(repository, chosen, about.name)
+    return kind, {folder / name: name for name in chosen}
 
 
-def read_saved(cfg: DatasetConfig, path: Path) -> Table:
-    """Rows of a folder that `datasets.save_to_disk` wrote."""
-    try:
-        saved = load_from_disk(str(path))
-    except Exception as error:  # it raises what its parsers raise
-        raise SettingsError(f"cannot be read ({shortened(error, 300)})") from error
-    if isinstance(saved, DatasetDict):
-        if cfg.split not in saved:
-            raise SettingsError(f"dataset.split={cfg.split}: it has {', '.join(saved)}")
-        saved = saved[cfg.split]
-    return typed_table(cfg, saved)
-
-
-def typed_table(cfg: DatasetConfig, rows: Dataset) -> Table:
-    """The rows of a library's typed data set as text."""
-    with contextlib.closing(Reading(cfg.name, len(rows), "rows")) as progress:
-        return table_of(places(cfg.name, cells_of_rows(rows, progress)))
-
-
-def read_hub(cfg: DatasetConfig) -> Table:
-    """Rows of a Hub data set.
-
-    Raises:
-        SettingsError: if there is none of that name or split for this user, or it cannot be read.
-        RunError: if the network fails, and the data set is not in the cache.
-    """
-    folder, builder = hub_data(cfg.name, cfg.subset, lambda folder: has_text(cfg, folder))
-    if folder and cfg.split.isidentifier():  # not a part of one, such as train[:10%]
-        return read_local(cfg, folder, in_splits=True)
-    try:
-        builder.download_and_prepare()
-        with contextlib.suppress(OSError):
-            os.utime(builder.cache_dir)  # processes that ask nobody take what was read last
-    except Exception as error:  # readers raise what their parsers raise
-        reason = shortened(error.__cause__ or error, 300)
-        raise SettingsError(f"dataset.name={cfg.name}: cannot be read ({reason})") from error
-    try:
-        rows = builder.as_dataset(cfg.split)
-    except ValueError as error:
-        raise SettingsError(f"dataset.split={cfg.split}: {cfg.name} has {', '.join(builder.info.splits)}") from error
-    if isinstance(rows, DatasetDict) or not isinstance(rows, Dataset):
-        raise SettingsError(f"dataset.split={cfg.split}: name one split")
-    return typed_table(cfg, rows)
+def read_parts(cfg: DatasetConfig) -> Table:
+    """Rows of parts of splits, as `datasets` writes them: train[:10%]+test."""
+    columns, kinds = [], dict[str, Mapping[str, str]]()
+    for text in cfg.split.split("+"):
+        part = copy(cfg)
+        part.split = split = text.partition("[")[0].strip()
+        table = read_table(part)
+        try:
+            [cut] = ReadInstruction.from_spec(text.strip()).to_absolute({split: table.columns.num_rows})
+        except (ValueError, AssertionError) as error:
+            raise SettingsError(f"dataset.split={cfg.split}: {shortened(error, 200)}") from error
+        columns.append(table.columns.slice(cut.from_, cut.to - cut.from_))
+        kinds |= {name: {**held, **kinds.get(name, {})} for name, held in table.kinds.items()}
+    return Table(pa.concat_tables(columns, promote_options="default"), kinds)
 
 
 # --- partition ------------------------------------------------------------------------------------
@@ -203,16 +139,12 @@ def read_hub(cfg: DatasetConfig) -> Table:
 def partition_rows(rows: Rows, cfg: DatasetConfig, num_partitions: int, seed: int) -> "Partitioner":
     """A Flower Datasets partitioner over `rows`, with `num_partitions` and `seed` where it takes them.
 
-    Raises:
-        SettingsError: if the class, an argument, a column or the number of partitions does not fit.
+    Raises SettingsError if the class, an argument, a column or the number of partitions does not fit.
     """
     chosen = partitioner_class(cfg)
-    arguments = {name: value for name, value in cfg.partitioner.items() if name != "_target_"}
     takes = inspect.signature(chosen).parameters
-    if "num_partitions" in takes:
-        arguments["num_partitions"] = num_partitions
-    if "seed" in takes:
-        arguments.setdefault("seed", seed)
+    arguments = {"num_partitions": num_partitions, "seed": seed} | cfg.partitioner
+    arguments = {name: value for name, value in arguments.items() if name in takes}
     if num_partitions > len(rows):
         raise SettingsError(f"num_clients={num_partitions}: more clients than the {len(rows)} rows of {cfg.name}")
     numbered = with_values(rows, arguments.get("partition_by") or [])
@@ -235,11 +167,7 @@ def partition_of(rows: Rows, partitioner: "Partitioner", partition_id: int) -> R
 
 
 def with_values(rows: Rows, partition_by: str | Sequence[str]) -> Dataset:
-    """The user's columns with their row numbers, and with numbers as such where rows are partitioned by them.
-
-    Raises:
-        SettingsError: if a column that rows are partitioned by is not there, has gaps, or holds lists.
-    """
+    """The user's columns with their row numbers, and with numbers as such where rows are partitioned by them."""
     table: pa.Table = rows.table.data.table
     for name in [partition_by] if isinstance(partition_by, str) else partition_by:
         key = f"dataset.partitioner.partition_by={name}"
@@ -298,7 +226,7 @@ def split_holdout(partition: Partition, share: float, seed: int, partition_id: i
     Rows with the same tokens stay together, so that nothing that is held out is trained on in another copy; of
     these copies one is evaluated.
     """
-    texts = [partition.ids[start:end].tobytes() for start, end in pairwise(partition.starts.tolist())]
+    texts = partition.keys()
     first = {text: number for number, text in reversed(list(enumerate(texts)))}
     different = sorted(first.values())
     drawn = generator("holdout", seed, partition_id).permutation(different)[: int(len(different) * share)]
@@ -333,8 +261,7 @@ def data_facts(rows: Rows) -> dict[str, Any]:
 def shared_rows(rows: Rows, held_out: Rows) -> list[int]:
     """Numbers of the held-out rows that are among `rows` too, word for word, whatever the form of either."""
     measured = [said_in(row) for row in held_out]
-    wanted = set(measured)
-    trained_on = wanted & {said for said in map(said_in, rows) if said in wanted}
+    trained_on = {*measured}.intersection(map(said_in, rows))
     return [number for number, said in enumerate(measured) if said in trained_on]
 
 

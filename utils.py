@@ -6,6 +6,7 @@ import functools
 import gc
 import hashlib
 import importlib.metadata
+import io
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from rich import filesize
+from tqdm import tqdm
 
 DIGESTS_FILE, CARD_FILE, PLOT_FILE = "sha256.json", "README.md", "train_loss.png"
 FOR_PEOPLE = (CARD_FILE, PLOT_FILE)  # files of a checkpoint that nothing loads: their owner may change them
@@ -34,6 +37,8 @@ SILENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "DISABLE_SAFETENSORS_CONVERSION": "1",
 }
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LINE_S = 30.0  # between two lines about what takes long, where there is no terminal
 SUITE_FOLDER = Path(__file__).resolve().parent
 
 
@@ -245,6 +250,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether only Git's note about a large file is there, in place of the file itself."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file up to the first that is not whole; none if there is no such file."""
     lines = []
@@ -340,3 +351,22 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
+
+
+class Bar(tqdm):
+    """How far something has come: one live line on a terminal, elsewhere a line every half minute."""
+
+    monitor_interval = 0  # no thread of its own
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        self.live, self.said = sys.stderr.isatty(), time.monotonic()
+        look = {"bar_format": None if self.live else "{desc}{percentage:.0f}%", "leave": False}
+        super().__init__(*arguments, **look | settings | {"file": sys.stderr if self.live else io.StringIO()})
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        if self.live:
+            return super().display(msg, pos)
+        if time.monotonic() - self.said > LINE_S:
+            print(msg or str(self), file=sys.stderr, flush=True)
+            self.said = time.monotonic()
+        return None

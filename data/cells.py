@@ -1,10 +1,9 @@
 """What stands in one cell of a file, as text: a number as it is written there, and never what a reader makes of it.
 
-A cell is None, text, a `Number`, a truth value, or nested (a list or an object).
+A cell is None, text, a number, a truth value, or nested (a list or an object).
 """
 
 import json
-from collections.abc import Iterable
 from decimal import Decimal
 from json.encoder import encode_basestring
 from typing import Any
@@ -16,14 +15,8 @@ TEXT, NUMBER, TRUTH, LIST, OBJECT, BYTES = "text", "numbers", "true or false", "
 NESTED = (LIST, OBJECT)
 
 
-class Number(str):
-    """A number as it is written: 1.50, 1e3, 18446744073709551615."""
-
-    __slots__ = ()
-
-
 class Float(float):
-    """A number inside of a nested cell, for templates that count with it; as text it is what was written."""
+    """A number, for templates that count with it; as text it is what was written: 1.50, 1e3, NaN."""
 
     written: str
 
@@ -48,54 +41,39 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-WRITTEN = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=Number, object_pairs_hook=once)
-"""Numbers stay as they are written."""
-COUNTED = json.JSONDecoder(parse_int=whole, parse_float=Float, parse_constant=Float, object_pairs_hook=once)
+JSON = json.JSONDecoder(parse_int=whole, parse_float=Float, parse_constant=Float, object_pairs_hook=once)
 """Numbers count as such, and are written as they were."""
 
 
 def told(value: Any) -> tuple[str, str | None]:
     """The kind of a cell, and its text: JSON for a nested one, and none for bytes."""
-    if isinstance(value, Number):
-        return NUMBER, str(value)
     if isinstance(value, str):
         return TEXT, value
     if isinstance(value, bool):
-        return TRUTH, "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return LIST, written(value)
-    if isinstance(value, dict):
-        return OBJECT, written(value)
+        return TRUTH, text_of(value)
+    if isinstance(value, int | float):
+        return NUMBER, str(value)
+    if isinstance(value, list | dict):
+        return LIST if isinstance(value, list) else OBJECT, written(value)
     return BYTES, None
 
 
 def written(value: Any) -> str:
     """A cell as JSON, its numbers as they are written; of bytes in it, which are no text, only how many there are."""
-    if isinstance(value, Number):
-        return str(value)
     if isinstance(value, str):
         return encode_basestring(value)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{encode_basestring(key)}: {written(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return "[" + ", ".join(map(written, value)) + "]"
     if isinstance(value, bytes):
         return f'{{"bytes": {len(value)}}}'
-    return {True: "true", False: "false"}.get(value, "null")
-
-
-def nested(text: str) -> Any:
-    """What a nested cell holds."""
-    return COUNTED.decode(text)
+    return "null" if value is None else text_of(value)
 
 
 def object_in(line: str) -> dict[str, Any]:
-    """The cells of a line of JSON.
-
-    Raises:
-        ValueError: if it is none, holds something else than an object, or half a character.
-    """
-    row = nested(line.strip())
+    """The cells of a line of JSON. Raises ValueError if it is none, no object, or holds half a character."""
+    row = JSON.decode(line.strip())
     if not isinstance(row, dict):
         raise ValueError("it is something else")
     written(row).encode()
@@ -109,28 +87,22 @@ def text_of(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def plain(values: Iterable[Any], kind: pa.DataType | None = None) -> list[Any]:
-    """Python's values of a column of a typed file (Parquet, Arrow) as cells.
+def as_cell(value: Any, kind: pa.DataType | None = None) -> Any:
+    """A value of a typed file (Parquet, Arrow) as a cell.
 
     Args:
-        kind: theirs in the file. Floats of 16 or 32 bits are written with the digits that tell those apart.
+        kind: its type there. Floats of 16 or 32 bits are written with the digits that tell those apart.
     """
-    return [as_cell(value, kind) for value in values]
-
-
-def as_cell(value: Any, kind: pa.DataType | None = None) -> Any:
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool | str | int | bytes):
         return value
     if isinstance(value, float):
         is_short = kind is not None and (pa.types.is_float32(kind) or pa.types.is_float16(kind))
-        return Number(np.float32(value) if is_short else repr(value))
-    if isinstance(value, int):
-        return Number(value)
+        return Float(str(np.float32(value)) if is_short else repr(value))
     if isinstance(value, Decimal):
-        return Number(format(value, "f"))
+        return Float(format(value, "f"))
     if isinstance(value, dict):
         kinds = {field.name: field.type for field in kind} if isinstance(kind, pa.StructType) else {}
         return {str(key): as_cell(inner, kinds.get(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
         return [as_cell(inner, getattr(kind, "value_type", None)) for inner in value]
-    return value if isinstance(value, bytes) else str(value)  # dates and times among others
+    return str(value)  # dates and times among others

@@ -8,32 +8,32 @@ import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from data.forms import Conversation, Rows, Survey, left_out
-from data.tokens import IGNORED, Encoded, Partition, PartitionWriter
+from data.tokens import IGNORED, Encoded, Partition, as_partition, size_of
 
 TRAINED = "bold green"
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where there are no colours
 
 
 def show(
-    rows: Rows,
-    made: Iterable[tuple[Conversation, Encoded | str]],
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int,
-    wanted: int,
+    rows: Rows, made: Iterable[tuple[Conversation, Encoded | str]], tokenizer: Tokenizer, limit: int, wanted: int
 ) -> None:
     """Print the first rows as they are `made` into tokens, as many as `wanted`, and the counts of all."""
-    console, partition, answers = Console(highlight=False, soft_wrap=True), PartitionWriter(), 0
+    console, answers = Console(highlight=False, soft_wrap=True), 0
     if wanted:
         console.print(legend(console))
-    for number, (row, result) in enumerate(made, start=1):
-        if number <= wanted:
-            show_row(console, tokenizer, number, row, result)
-        partition.add(result)
-        answers += len(row.answers)
-    whole = partition.finish()
+
+    def results() -> Iterator[Encoded | str]:
+        nonlocal answers
+        for number, (row, result) in enumerate(made, start=1):
+            if number <= wanted:
+                show_row(console, tokenizer, number, row, result)
+            answers += len(row.answers)
+            yield result
+
+    whole = as_partition(results())
     console.print(str(Survey(rows, answers, {})), markup=False)
     for line in summary(whole, tokenizer, limit):
         console.print(line, markup=False)
@@ -41,7 +41,7 @@ def show(
         console.print(alarm(found))
 
 
-def spans(tokenizer: PreTrainedTokenizerBase, made: Encoded) -> list[tuple[str, bool]]:
+def spans(tokenizer: Tokenizer, made: Encoded) -> list[tuple[str, bool]]:
     """The text of a row's tokens piece by piece, and whether it is trained.
 
     A piece is what its tokens add to the text before: some tokenizers drop a blank where a text starts.
@@ -50,16 +50,14 @@ def spans(tokenizer: PreTrainedTokenizerBase, made: Encoded) -> list[tuple[str, 
     for is_trained, parts in groupby(made.parts, key=lambda part: part.turn is not None):
         ids += [token for part in parts for token in part.ids]
         text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        shared = text if not text.startswith(before) else text[len(before) :]
-        pieces.append((shared, is_trained))
+        pieces.append((text.removeprefix(before), is_trained))
         before = text
     return pieces
 
 
-def as_json(tokenizer: PreTrainedTokenizerBase, number: int, row: Conversation, made: Encoded | str) -> str:
+def as_json(tokenizer: Tokenizer, number: int, row: Conversation, made: Encoded | str) -> str:
     """One line: the row's number from 1, its messages, tokens, labels, their text, and that of what is trained."""
-    pieces = [] if isinstance(made, str) else spans(tokenizer, made)
-    parts = [] if isinstance(made, str) else made.parts
+    pieces, parts = ([], []) if isinstance(made, str) else (spans(tokenizer, made), made.parts)
     line = {
         "row": number,
         "messages": [{key: value for key, value in turn.items() if key != "input"} for turn in row.turns],
@@ -73,16 +71,14 @@ def as_json(tokenizer: PreTrainedTokenizerBase, number: int, row: Conversation, 
     return json.dumps(line)  # in ASCII: some take other characters than the line feed for ends of lines
 
 
-def show_row(
-    console: Console, tokenizer: PreTrainedTokenizerBase, number: int, row: Conversation, made: Encoded | str
-) -> None:
+def show_row(console: Console, tokenizer: Tokenizer, number: int, row: Conversation, made: Encoded | str) -> None:
     if isinstance(made, str):
         console.print(Text(f"row {number}: left out, {made}", "yellow"))
         for turn in row.turns:
             console.print(Text(f"  {turn['role']}: {visible(turn['content'])}", "dim"), soft_wrap=True)
         console.print()
         return
-    size, learnt = (sum(len(p.ids) for p in made.parts if p.turn is not None or whole) for whole in (True, False))
+    size, learnt = size_of(made.parts), size_of([part for part in made.parts if part.turn is not None])
     cut = f", cut from {made.whole}" if made.whole > size else ""
     only = ", only its last turn" if made.last_only else ""
     console.print(Text(f"row {number}: {size} tokens{cut}, {learnt} of them trained{only}", "bold"))
@@ -97,12 +93,7 @@ def show_row(
 
 def visible(text: str) -> str:
     """Text without characters that would move a terminal's cursor, change its colours or turn its lines around."""
-    return "".join(
-        c if c in "\n\t" or (c.isprintable() or ord(c) > 0x2100) and c not in TURNING else repr(c)[1:-1] for c in text
-    )
-
-
-TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # directions of writing
+    return "".join(c if c in "\n\t" or c.isprintable() or ord(c) > 0x2100 else repr(c)[1:-1] for c in text)
 
 
 def legend(console: Console) -> Text:
@@ -111,24 +102,21 @@ def legend(console: Console) -> Text:
     return Text.assemble("what is trained is ", ("green", TRAINED), "\n")
 
 
-def summary(partition: Partition, tokenizer: PreTrainedTokenizerBase, limit: int) -> Iterator[str]:
+def summary(partition: Partition, tokenizer: Tokenizer, limit: int) -> Iterator[str]:
     """The counts of all rows, a line each."""
     counts, lengths = partition.counts, partition.whole
     yield left_out(counts["rows"], partition.reasons) or "no row is left out"
     if not len(partition):
         return
-    ids, starts = partition.ids, partition.starts
-    different = len({ids[start:end].tobytes() for start, end in zip(starts, starts[1:], strict=False)})
     middle, high = np.percentile(lengths, [50, 95], method="lower")
     trained = partition.trained.sum()
     yield f"tokens: median {middle:,}, 95% at most {high:,}, longest {lengths.max():,}; {trained:,} are trained"
     over = int((lengths > limit).sum())
     yield f"over train.seq_length={limit}: {over:,} rows ({over / len(partition):.1%}), which are cut"
-    yield f"duplicates: {len(partition) - different:,}"
+    yield f"duplicates: {len(partition) - len({*partition.keys()}):,}"
     if counts.get("last_only"):
         yield f"only the last turn is trained of {counts['last_only']:,} rows: the template rewrites earlier ones"
-    unknown = int((ids == tokenizer.unk_token_id).sum()) if tokenizer.unk_token_id is not None else 0
-    if unknown:
+    if unknown := np.count_nonzero(partition.ids == tokenizer.unk_token_id):
         yield f"unknown to the tokenizer: {unknown:,} tokens, which are trained as {tokenizer.unk_token}"
 
 

@@ -1,15 +1,19 @@
-"""Which files a local data set has: a file, or what of a folder holds rows of the split."""
+"""Which files hold the rows of a split: of a folder, of a repository of the Hub, or of what `datasets` saved."""
 
-import fnmatch
+import json
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 import yaml
+from datasets.data_files import SPLIT_KEYWORDS, sanitize_patterns
+from fsspec.utils import glob_translate
+from huggingface_hub import metadata_load
 
-from settings.schema import SettingsError
+from settings.schema import DatasetConfig, SettingsError
 
 KINDS = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -17,132 +21,158 @@ KINDS = {
 }  # fmt: skip
 PACKED = (".gz", ".zst")
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data sets, not their rows
-SPLITS = {
-    "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-}  # fmt: skip
+CARD = "README.md"
+SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-\w+)?")  # as on the Hub
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(path: PurePath) -> str | None:
     """What reads a file of this name, whatever it is packed in; None if nothing does."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return KINDS.get(next((suffix for suffix in reversed(suffixes) if suffix not in PACKED), ""))
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether `datasets.save_to_disk` wrote this folder."""
-    return (folder / "dataset_dict.json").is_file() or (
-        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    )
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
-def data_files(path: Path, split: str, subset: str | None, in_splits: bool = False) -> tuple[str, list[Path]]:
-    """The kind of the files that hold the rows of `path`, and these files in the order of their names.
+def holds_rows(path: PurePath) -> bool:
+    """Whether a file can: hidden ones, and those that tell of a data set, cannot."""
+    return kind_of(path) is not None and path.name not in ABOUT and not any(map(is_hidden, path.parts))
+
+
+def data_files(cfg: DatasetConfig, names: Iterable[str], card: Path, in_splits: bool) -> tuple[str, list[str]]:
+    """The kind of the files that hold the rows of `dataset.split`, and these files in the order of their names.
 
     Args:
-        in_splits: a file whose name says nothing belongs to the split train.
+        names: all files of a folder or repository, relative to it. card: its README.md.
+        in_splits: as on the Hub, a file whose name says nothing belongs to the split train, beside files that are
+            numbered with their split nothing else has rows, and of several kinds most files are of the right one.
 
     Raises:
-        SettingsError: without the setting's name, if there are none, or several kinds.
+        SettingsError: without the data set's name, if there are none, or several kinds.
     """
-    files = [path] if path.is_file() else listed_in_card(path, split, subset) or of_split(path, split, in_splits)
+    paths = sorted(path for path in map(PurePath, names) if holds_rows(path))
+    files = listed_in_card(cfg, paths, configs_of(card)) or of_split(paths, cfg.split, in_splits)
+    if in_splits and files:
+        usual = Counter(map(kind_of, files)).most_common(1)[0][0]
+        files = [file for file in files if kind_of(file) == usual]
+    return one_kind(files), [file.as_posix() for file in files]
+
+
+def local_files(cfg: DatasetConfig, path: Path) -> tuple[str, dict[Path, str]]:
+    """The same of a file, or of a folder of this machine: each with how it is called in messages."""
+    if path.is_file():
+        return one_kind([path]), {path: path.name}
+    if files := saved_files(path, cfg.split):
+        return one_kind(files), {file: file.relative_to(path).as_posix() for file in files}
+    kind, names = data_files(cfg, names_below(path), path / CARD, in_splits=False)
+    return kind, {path / name: name for name in names}
+
+
+def one_kind(files: Collection[PurePath]) -> str:
     kinds = {kind_of(file) for file in files}
     if len(kinds) != 1 or None in kinds:
         found = f" (here are {', '.join(sorted(filter(None, kinds)))})" if len(kinds) > 1 else ""
         raise SettingsError(f"use a file, or a folder of files of one kind, out of {', '.join(KINDS)}{found}")
-    return str(kinds.pop()), files
+    return str(kinds.pop())
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Files that can hold rows, in sub-folders too; hidden ones, and those that tell of a data set, cannot.
+def names_below(folder: Path) -> Iterator[str]:
+    """Files that are not hidden, in sub-folders and linked ones too, each folder once.
 
-    Raises:
-        SettingsError: for a link to nothing, or a sub-folder that cannot be read: their rows would be missed.
+    A link to nothing, or a sub-folder that cannot be read, is refused: their rows would be missed.
     """
-    for file in sorted(seen_below(folder)):
-        if kind_of(file) and file.name not in ABOUT:
-            if file.is_symlink() and not file.exists():
-                raise SettingsError(f"{file.relative_to(folder)} is a link to a file that is not there")
-            if file.is_file():
-                yield file
-
-
-def seen_below(folder: Path) -> Iterator[Path]:
-    """What is not hidden, in sub-folders and linked ones too, each folder once."""
 
     def refuse(error: OSError) -> NoReturn:
         raise SettingsError(f"{error.filename} cannot be read ({error.strerror})") from error
 
     known = set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        here = Path(root).resolve()
-        is_new = here not in known
+        is_new = (here := Path(root).resolve()) not in known
         known.add(here)
-        folders[:] = [name for name in sorted(folders) if is_new and name[0] != "." and name != "__MACOSX"]
-        yield from (Path(root, name) for name in names if is_new and name[0] != ".")
+        folders[:] = [name for name in sorted(folders) if is_new and not is_hidden(name)]
+        for file in (Path(root, name) for name in names if is_new):
+            name = file.relative_to(folder)
+            if file.is_file():
+                yield name.as_posix()
+            elif file.is_symlink() and not file.exists() and holds_rows(name):
+                raise SettingsError(f"{name} is a link to a file that is not there")
 
 
-def of_split(folder: Path, split: str, in_splits: bool) -> list[Path]:
-    """The files of this split, if names of files or of their folders say of which they are; otherwise all.
+def saved_files(folder: Path, split: str) -> list[Path]:
+    """The files of a folder that `datasets.save_to_disk` wrote, as it lists them; none if it did not."""
+    try:
+        if (several := folder / "dataset_dict.json").is_file():
+            splits = json.loads(several.read_text(encoding="utf-8"))["splits"]
+            if split not in splits:
+                raise SettingsError(f"dataset.split={split}: it has {', '.join(splits)}")
+            folder = folder / split
+        elif not (folder / "dataset_info.json").is_file():
+            return []
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / PurePath(entry["filename"]).name for entry in state["_data_files"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, LookupError, TypeError) as error:
+        raise error if isinstance(error, SettingsError) else SettingsError(f"cannot be read ({error})") from error
 
-    Raises:
-        SettingsError: if they are all of other splits.
-    """
-    named = {file: split_named(file.relative_to(folder)) for file in files_below(folder)}
+
+def of_split(paths: Collection[PurePath], split: str, in_splits: bool) -> list[PurePath]:
+    """The files of this split, if names of files or of their folders say of which they are; otherwise all."""
+    named = {path: split_named(path) for path in paths}
     if not in_splits and len({name for name in named.values() if name}) < 2:
         return list(named)
-    named = {file: name or "train" for file, name in named.items()}
+    shards = {path: name for path, name in named.items() if in_splits and SHARD.fullmatch(stem(path))}
+    named = shards or {path: name or "train" for path, name in named.items()}
     found = {*filter(None, named.values())}
-    chosen = [file for file, name in named.items() if name == (split if split in found else SPLITS.get(split, split))]
-    if not chosen:
+    chosen = [path for path, name in named.items() if name == (split if split in found else SPLITS.get(split, split))]
+    if found and not chosen:
         raise SettingsError(f"dataset.split={split}: it has files of {', '.join(sorted(found))}; choose one of them")
     return chosen
 
 
-def split_named(path: Path) -> str | None:
+def stem(path: PurePath) -> str:
+    return path.name.partition(".")[0]
+
+
+def split_named(path: PurePath) -> str | None:
     """The split that a relative path names: `train_sft` for train_sft-00000-of-00003.parquet, `test` for test.jsonl."""
-    if shard := SHARD.fullmatch(path.name.partition(".")[0]):
+    if shard := SHARD.fullmatch(stem(path)):
         return SPLITS.get(shard["split"], shard["split"])
-    for part in reversed(path.parts):
-        words = re.split(r"[^a-z]+", part.partition(".")[0].lower() if part == path.name else part.lower())
-        if found := next((SPLITS[word] for word in words if word in SPLITS), None):
+    for part in (stem(path), *reversed(path.parts[:-1])):
+        if found := next((SPLITS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in SPLITS), None):
             return found
     return None
 
 
-def listed_in_card(folder: Path, split: str, subset: str | None) -> list[Path]:
-    """The files that the README.md of a repository of the Hub lists for a split; none if it lists none.
-
-    Raises:
-        SettingsError: if it has no such configuration or split.
-    """
-    configs = configs_of(folder / "README.md")
+def listed_in_card(
+    cfg: DatasetConfig, paths: Collection[PurePath], configs: Collection[dict[str, Any]]
+) -> list[PurePath]:
+    """The files that the `configs` of a README.md list for a split; none if there are no configs."""
     if not configs:
-        if subset:
-            raise SettingsError(f"dataset.subset={subset}: this folder's README.md lists no configurations")
+        if cfg.subset:
+            raise SettingsError(f"dataset.subset={cfg.subset}: its README.md lists no configurations")
         return []
-    names = [str(config.get("config_name")) for config in configs]
-    chosen = [config for config in configs if config.get("config_name") == subset]
-    if not subset:
-        chosen = [c for c in configs if c.get("default") or c.get("config_name") == "default"] or configs
+    chosen = [config for config in configs if config.get("config_name") == cfg.subset]
+    if not cfg.subset:
+        chosen = [c for c in configs if c.get("default") or c.get("config_name") == "default"] or [*configs]
     if len(chosen) != 1:
-        raise SettingsError(f"dataset.subset={subset}: use one of {', '.join(names)}")
-    listed = chosen[0]["data_files"]
-    by_split = isinstance(listed, list) and isinstance(listed[0], dict)
-    entries = listed if by_split else [{"split": "train", "path": listed}]
-    splits = {str(entry["split"]): entry["path"] for entry in entries}
-    if split not in splits:
-        raise SettingsError(f"dataset.split={split}: use one of {', '.join(splits)}")
-    patterns = splits[split] if isinstance(splits[split], list) else [splits[split]]
-    below = [(file, file.relative_to(folder).as_posix()) for file in files_below(folder)]
-    return [file for file, name in below if any(fnmatch.fnmatch(name, str(pattern)) for pattern in patterns)]
+        names = ", ".join(str(config.get("config_name")) for config in configs)
+        raise SettingsError(f"dataset.subset={cfg.subset or 'null'}: {cfg.name} has {names}; choose one")
+    splits = chosen[0]["data_files"]
+    if cfg.split not in splits:
+        raise SettingsError(f"dataset.split={cfg.split}: {cfg.name} has {', '.join(splits)}")
+    return [path for path in paths if any(pattern.match(path.as_posix()) for pattern in splits[cfg.split])]
 
 
 def configs_of(card: Path) -> list[dict[str, Any]]:
-    """The configurations with files that a dataset card names in its metadata; none if it is no such card."""
+    """The configurations of a dataset card that name files, with patterns by split; none if it is no such card."""
     try:
-        metadata = yaml.safe_load(card.read_text(encoding="utf-8").split("---\n")[1])
-        return [config for config in metadata["configs"] if config["data_files"]]
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+        configs = [config for config in metadata_load(card)["configs"] if config["data_files"]]
+        for config in configs:
+            splits = sanitize_patterns(config["data_files"])
+            config["data_files"] = {key: [re.compile(glob_translate(p)) for p in splits[key]] for key in splits}
+        return configs
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return []

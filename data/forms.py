@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from data.cells import NESTED, nested, text_of
+from data.cells import BYTES, JSON, NESTED, text_of
 from data.table import Kinds, Table
 from settings.schema import SettingsError, suggest
 
@@ -21,17 +21,10 @@ Turn = dict[str, Any]
 NO_ANSWER = "without an answer"
 
 COLUMNS = {  # what a column is for: the names under which it is found by itself
-    "instruction": ("instruction",),
-    "input": ("input", "context"),
-    "output": ("output", "response"),
-    "system": ("system",),
-    "history": ("history",),
-    "messages": ("messages", "conversations"),
-    "tools": ("tools",),
-    "prompt": ("prompt",),
-    "completion": ("completion",),
-    "text": ("text",),
-}
+    "instruction": ("instruction",), "input": ("input", "context"), "output": ("output", "response"),
+    "system": ("system",), "history": ("history",), "messages": ("messages", "conversations"), "tools": ("tools",),
+    "prompt": ("prompt",), "completion": ("completion",), "text": ("text",),
+}  # fmt: skip
 SHAPES = {  # by what is needed: the rest may be there
     "Alpaca": (("instruction", "output"), ("input", "system", "history")),
     "chat": (("messages",), ("system", "tools")),
@@ -52,8 +45,6 @@ HOW = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, the tools that could be called in them, and the numbers of the turns that may carry loss."""
-
     turns: list[Turn]
     tools: list[Any] | None = None
 
@@ -84,13 +75,9 @@ class Form:
         name = "Dolly" if self.columns.get("input") == "context" and self.shape == "Alpaca" else self.shape
         return f"{name}: {', '.join(self.columns.values())}"
 
-    def conversation(self, cells: Mapping[str, str | None]) -> Conversation:
-        """A row, by what its cells are for, as a conversation.
-
-        Raises:
-            ValueError: if a list or object in it is no conversation.
-        """
-        row = {key: value_of(key, text, self.is_nested[key]) for key, text in cells.items()}
+    def conversation(self, cells: Iterable[str | None]) -> Conversation:
+        """A row, of the cells of its columns. Raises ValueError if a list or object in it is no conversation."""
+        row = {key: value_of(key, text, self.is_nested[key]) for key, text in zip(self.columns, cells, strict=True)}
         return READERS[self.shape](row)
 
 
@@ -101,7 +88,7 @@ def value_of(key: str, text: str | None, is_nested: bool) -> Any:
     if not text.strip():
         return None
     try:
-        return nested(text)
+        return JSON.decode(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the column for {key} holds text that is no JSON list") from error
 
@@ -110,25 +97,21 @@ def value_of(key: str, text: str | None, is_nested: bool) -> Any:
 
 
 def form_of(table: Table, chosen: Mapping[str, Any], name: str) -> Form:
-    """The shape of the rows that `name` stands for, by the names of their columns.
+    """The shape of the rows that `name` stands for, by the names of their columns and by `chosen`: dataset.columns.
 
-    Args:
-        chosen: `dataset.columns`: which column stands for what; null leaves one out.
-
-    Raises:
-        SettingsError: if there is none, if there are several, or if a column holds what it cannot.
+    Raises SettingsError if there is none, if there are several, or if a column holds what it cannot.
     """
-    options = assigned(table.columns.column_names, chosen, name)
-    found = {key: columns[0] for key, columns in options.items()}
-    asked = {key for key, column in standard(chosen).items() if column is not None}
+    given, names = standard(chosen), table.columns.column_names
+    options = assigned(names, given, name)
+    found = {key: columns[0] for key, columns in options.items() if columns}
+    asked = {key for key, column in given.items() if column is not None}
     fits = [
         shape for shape, (needed, more) in SHAPES.items() if found.keys() >= {*needed} and {*needed, *more} >= asked
     ]
     if len(fits) > 1 and "text" in fits:
         fits.remove("text")  # beside other columns it is most often their rendering
     if not fits:
-        names = ", ".join(table.columns.column_names)
-        raise SettingsError(f"{name}: has no columns that make a row (it has {names}); {HOW}")
+        raise SettingsError(f"{name}: has no columns that make a row (it has {', '.join(names)}); {HOW}")
     if len(fits) > 1:
         shapes = [f"{shape} ({', '.join(found[key] for key in SHAPES[shape][0])})" for shape in fits]
         key = SHAPES[fits[0]][0][0]
@@ -151,49 +134,36 @@ def form_of(table: Table, chosen: Mapping[str, Any], name: str) -> Form:
 def standard(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """`dataset.columns` with our own word for each use: context is input, response is output."""
     uses = {other: key for key, names in COLUMNS.items() for other in names}
-    unknown = [key for key in chosen if key not in uses]
-    if unknown:
-        raise SettingsError(
-            f"dataset.columns.{unknown[0]}={chosen[unknown[0]]}: use one of {', '.join(COLUMNS)}"
-            f"{suggest(unknown[0], list(COLUMNS))}"
-        )
     made: dict[str, Any] = {}
     for key, column in chosen.items():
-        use = uses[key]
+        setting, use = f"dataset.columns.{key}={column}", uses.get(key)
+        if use is None:
+            raise SettingsError(f"{setting}: use one of {', '.join(COLUMNS)}{suggest(key, list(COLUMNS))}")
         if made.setdefault(use, column) != column:
-            raise SettingsError(f"dataset.columns.{key}={column}: {made[use]} already is for {use}; choose one of them")
+            raise SettingsError(f"{setting}: {made[use]} already is for {use}; choose one of them")
     return made
 
 
-def assigned(names: Sequence[str], chosen: Mapping[str, Any], name: str) -> dict[str, list[str]]:
-    """The columns by what they can be for: as chosen, or by their names."""
-    found = {}
-    given = standard(chosen)
+def assigned(names: Sequence[str], given: Mapping[str, Any], name: str) -> dict[str, list[str]]:
+    """The columns by what they can be for: as `given`, or by their names."""
     for key, column in given.items():
         if column is not None and column not in names:
             raise SettingsError(f"dataset.columns.{key}={column}: {name.partition('=')[2]} has {', '.join(names)}")
-    taken = set(given.values())
-    for key, known in COLUMNS.items():
-        here = [column for column in known if column in names and column not in taken]
-        if key in given:
-            here = [given[key]] if given[key] is not None else []
-        if here:
-            found[key] = here
-    return found
+    free = {*names} - {*given.values()}
+    found = {key: [column for column in known if column in free] for key, known in COLUMNS.items()}
+    return found | {key: [column] if column is not None else [] for key, column in given.items()}
 
 
 def check_kinds(columns: Mapping[str, str], kinds: Kinds, name: str) -> None:
     """Raise SettingsError for a column that holds lists where text is needed, or both where one of them is."""
     for key, column in columns.items():
         held = kinds.get(column, {})
-        lists = next((kind for kind in (*NESTED, "bytes") if kind in held), None)
-        texts = next((kind for kind in held if kind not in (*NESTED, "bytes")), None)
+        lists = next((f"{kind} ({held[kind]})" for kind in (*NESTED, BYTES) if kind in held), None)
+        texts = next((f"{kind} ({place})" for kind, place in held.items() if kind not in (*NESTED, BYTES)), None)
         if lists and key in ("instruction", "input", "output", "system", "text"):
-            raise SettingsError(f"{name}: column {column} holds {lists} ({held[lists]}); text is needed")
+            raise SettingsError(f"{name}: column {column} holds {lists}; text is needed")
         if lists and texts:
-            raise SettingsError(
-                f"{name}: column {column} holds {lists} ({held[lists]}) and {texts} ({held[texts]}); use one of them"
-            )
+            raise SettingsError(f"{name}: column {column} holds {lists} and {texts}; use one of them")
 
 
 # --- conversations --------------------------------------------------------------------------------
@@ -228,15 +198,12 @@ def from_prompt(row: Mapping[str, Any]) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     asked = messages_of(prompt) if isinstance(prompt, list | dict) else [as_message({"instruction": prompt})]
     answer = messages_of(completion) if isinstance(completion, list | dict) else [said(completion)]
-    if asked and [*map(words_of, answer[: len(asked)])] == [*map(words_of, asked)]:
+    spoken = [(turn["role"], turn["content"]) for turn in [*asked, *answer]]
+    if asked and spoken[: len(asked)] == spoken[len(asked) : 2 * len(asked)]:
         raise ValueError(
             "has a completion that begins with the prompt; use its column alone: dataset.columns={messages: COLUMN}"
         )
     return replace(with_system(row, [*asked, *answer]), tools=tools_of(row.get("tools")))
-
-
-def words_of(turn: Turn) -> tuple[str, str]:
-    return turn["role"], turn["content"]
 
 
 def from_text(row: Mapping[str, Any]) -> Conversation:
@@ -244,11 +211,7 @@ def from_text(row: Mapping[str, Any]) -> Conversation:
 
 
 def asked_in(row: Mapping[str, Any]) -> Conversation:
-    """What a row of any shape but text asks: its answer need not be there. `question` stands for instruction, too.
-
-    Raises:
-        ValueError: if a list or object in it is no conversation.
-    """
+    """What a row of any shape but text asks: its answer need not be there. `question` stands for instruction, too."""
     found = {}
     for use, names in (COLUMNS | {"instruction": ("question", "instruction")}).items():
         value = next((row[name] for name in names if row.get(name) is not None), None)
@@ -266,11 +229,10 @@ READERS = {"Alpaca": from_alpaca, "chat": from_chat, "prompt and completion": fr
 def with_system(row: Mapping[str, Any], turns: list[Turn]) -> Conversation:
     """The turns, after the system prompt of a column if it holds one."""
     system = text_of(row.get("system"))
-    if not system.strip():
+    own = turns[0]["content"] if turns and turns[0]["role"] == "system" else None
+    if not system.strip() or own == system:
         return Conversation(turns)
-    if turns and turns[0]["role"] == "system":
-        if turns[0]["content"] == system:
-            return Conversation(turns)
+    if own is not None:
         raise ValueError(
             "has a system prompt in its column and another in its messages; leave that column out: "
             "dataset.columns={system: null}"
@@ -280,13 +242,12 @@ def with_system(row: Mapping[str, Any], turns: list[Turn]) -> Conversation:
 
 def messages_of(value: Any) -> list[Turn]:
     """The turns of a list of messages, of a single one, or of columns of messages as `datasets` once kept them."""
-    if isinstance(value, dict):
-        if value and all(isinstance(inner, list) for inner in value.values()):
-            if len({len(inner) for inner in value.values()}) > 1:
-                raise ValueError(f"has lists of different lengths in {', '.join(value)}")
-            value = [dict(zip(value, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
-        else:
-            value = [value]
+    if isinstance(value, dict) and value and all(isinstance(inner, list) for inner in value.values()):
+        if len({len(inner) for inner in value.values()}) > 1:
+            raise ValueError(f"has lists of different lengths in {', '.join(value)}")
+        value = [dict(zip(value, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
+    elif isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list):
         raise ValueError("holds no list of messages")
     return [turn_of(message) for message in value]
@@ -322,11 +283,12 @@ def weight_of(value: Any) -> float:
 def content_of(content: Any) -> str:
     """The text of a message: itself, or its parts joined."""
     if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict | str) or (isinstance(part, dict) and not isinstance(part.get("text"), str)):
+        texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
+        for part, text in zip(content, texts, strict=True):
+            if not isinstance(text, str):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise ValueError(f"has a message with a part of the type {kind}; only text can be trained")
-        return "".join(part if isinstance(part, str) else part["text"] for part in content)
+        return "".join(texts)
     if isinstance(content, dict):
         raise ValueError(f"has a message whose content is an object with {', '.join(content)}; use text")
     return text_of(content)
@@ -341,7 +303,7 @@ def calls_of(calls: Any) -> list[Any]:
             raise ValueError("has tool_calls without the function's name")
         if isinstance(function.get("arguments"), str):
             with contextlib.suppress(ValueError):  # else as it is written
-                function = function | {"arguments": nested(function["arguments"])}
+                function = function | {"arguments": JSON.decode(function["arguments"])}
         made.append({**call, "type": "function", "function": function} if "function" in call else function)
     return made
 
@@ -361,7 +323,7 @@ class Rows:
     """The rows of a data set: the user's own columns as text, and how they are read."""
 
     name: str
-    """KEY=VALUE of the setting that names them, for messages."""
+    """KEY=VALUE of the setting that names them."""
     table: Dataset
     form: Form
     kinds: Kinds
@@ -372,20 +334,15 @@ class Rows:
         return len(self.table)
 
     def __iter__(self) -> Iterator[Conversation]:
-        """Every row as a conversation.
-
-        Raises:
-            SettingsError: for a row that is none, with its number.
-        """
-        wanted = self.table.select_columns([*dict.fromkeys(self.form.columns.values())])
-        number = 0
-        for block in wanted.iter(1000):
-            for cells in zip(*(block[column] for column in self.form.columns.values()), strict=True):
-                number += 1
-                try:
-                    yield self.form.conversation(dict(zip(self.form.columns, cells, strict=True)))
-                except ValueError as error:
-                    raise SettingsError(f"{self.name}: {self.place(number)} {error}") from error
+        """Every row as a conversation. Raises SettingsError for one that is none, with its place."""
+        columns = self.form.columns.values()
+        blocks = self.table.select_columns([*dict.fromkeys(columns)]).iter(1000)
+        rows = (cells for block in blocks for cells in zip(*(block[column] for column in columns), strict=True))
+        for number, cells in enumerate(rows, start=1):
+            try:
+                yield self.form.conversation(cells)
+            except ValueError as error:
+                raise SettingsError(f"{self.name}: {self.place(number)} {error}") from error
 
     def place(self, number: int) -> str:
         """Where a row is, counted from 1: in which file, if there are several."""
@@ -419,22 +376,18 @@ class Survey:
         return 2 * sum(self.left_out.values()) > len(self.rows)
 
 
-def survey(rows: Rows, fault: Callable[[Conversation], str | None]) -> Survey:
-    """Look at every row, and ask `fault` of one row of each order of turns why it is left out, if it is.
-
-    Raises:
-        SettingsError: for a row that is no conversation.
-    """
-    answers, faults, reasons = 0, dict[Any, str | None](), Counter[str]()
+def survey(rows: Rows, encode: Callable[[Conversation], Any]) -> Survey:
+    """Look at every row, and let `encode` say of one row of each order of turns why it is left out, if it is."""
+    answers, faults, reasons = 0, dict[Any, str](), Counter[str]()
     for row in rows:
         count = len(row.answers)
         answers += count
         order = (count > 0, bool(row.tools), *map(outline, row.turns))
         if order not in faults:
-            faults[order] = fault(row) if count else NO_ANSWER
-        if reason := faults[order]:
-            reasons[reason] += 1
-    return Survey(rows, answers, dict(reasons))
+            made = encode(row) if count else NO_ANSWER
+            faults[order] = made if isinstance(made, str) else ""
+        reasons[faults[order]] += 1
+    return Survey(rows, answers, {reason: number for reason, number in reasons.items() if reason})
 
 
 def outline(turn: Turn) -> tuple[str, bool, bool]:

@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from settings.schema import CONFIG_FOLDER, DatasetConfig, SettingsError
@@ -22,29 +22,20 @@ TODAY = date(2024, 7, 26)  # for templates that write the date: each day of a ru
 MARKS = re.compile("[\U000f0000\U000f0001]")  # with which transformers tells a row's text from special tokens
 
 
-def read_template(cfg: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja chat template that `dataset.template` names.
-
-    Raises:
-        SettingsError: if there is none of that name.
-    """
+def read_template(cfg: DatasetConfig, tokenizer: Tokenizer) -> str:
+    """The Jinja chat template that `dataset.template` names. Raises SettingsError if there is none of that name."""
     if cfg.template == "tokenizer":
-        own = own_template(tokenizer)
-        if own is None:
-            raise SettingsError("dataset.template=tokenizer: this model's tokenizer has no chat template; use alpaca")
-        return own
+        if own := own_template(tokenizer):
+            return own
+        raise SettingsError("dataset.template=tokenizer: this model's tokenizer has no chat template; use alpaca")
     try:
         return on_one_day(find_template(cfg.template).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise SettingsError(f"dataset.template={cfg.template}: not a text file") from error
 
 
-def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The tokenizer's chat template, of several the one called `default`; None if it has none.
-
-    Raises:
-        SettingsError: if none of several is called so.
-    """
+def own_template(tokenizer: Tokenizer) -> str | None:
+    """The tokenizer's chat template, of several the one called `default`; None if it has none."""
     named = tokenizer.chat_template
     if not isinstance(named, dict):
         return named and on_one_day(named)
@@ -74,7 +65,7 @@ def find_template(name: str) -> Path:
 
 
 @functools.lru_cache(maxsize=4)
-def end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's EOS, and those that the model's own files name beside it."""
     ends: set[int] = {tokenizer.eos_token_id}
     for file in ("generation_config.json", "config.json"):
@@ -86,18 +77,9 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    turns: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any] | None = None,
-    *,
-    for_response: bool,
+    tokenizer: Tokenizer, template: str, turns: Sequence[Mapping[str, Any]], tools: Any = None, *, for_response: bool
 ) -> str:
-    """The template's text, in which special tokens that were spelled out by a user are marked as such.
-
-    Raises:
-        jinja2.TemplateError: if the template refuses the conversation.
-    """
+    """The template's text, with marks on special tokens that a user spelled out. Raises jinja2.TemplateError."""
     pattern = special_tokens(tokenizer)
     safe = mark_control_tokens([dict(turn) for turn in turns], pattern)
     more = {"tools": mark_control_tokens(tools, pattern)} if tools else {}
@@ -107,27 +89,27 @@ def render(
     return str(text)
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def marked(tokenizer: Tokenizer, text: str) -> str:
     """Text of a row as it stands in what `render` returns."""
     return str(mark_control_tokens(text, special_tokens(tokenizer)))
 
 
 @functools.lru_cache(maxsize=4)
-def end_marks(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def end_marks(tokenizer: Tokenizer) -> re.Pattern[str]:
     """How what ends an answer is spelled in rendered text, where it is no text of a row."""
     spelled = sorted(tokenizer.convert_ids_to_tokens(sorted(end_ids(tokenizer))), key=len, reverse=True)
     return re.compile("(?<!\U000f0000)(?:" + "|".join(map(re.escape, spelled)) + ")")
 
 
 @functools.lru_cache(maxsize=4)
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     """How the tokenizer's special tokens are spelled; those in no named role, such as <|start_header_id|>, included."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     longest_first = sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def lead_of(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def lead_of(tokenizer: Tokenizer, prompt: str) -> str:
     """What the tokens of a response depend on: the special token that a prompt ends with, or just that there is text.
 
     A SentencePiece tokenizer puts a blank before whatever it is given, and some before what follows a special token.
@@ -136,12 +118,10 @@ def lead_of(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return "\n" if last is None or prompt[last.end() :].strip() else prompt[last.start() :]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, lead: str = "") -> list[int]:
+def encode_text(tokenizer: Tokenizer, text: str, lead: str = "") -> list[int]:
     """Token ids of rendered text: the template's special tokens are special, marked ones are plain text.
 
-    Args:
-        lead: what stands before the text, and is not returned; where its tokens run into the text's, the text stands
-            alone.
+    `lead` stands before the text, and is not returned; where its tokens run into the text's, the text stands alone.
     """
     try:
         before, ids = (encode_marked_chat(tokenizer, part) if part else [] for part in (lead, lead + text))

@@ -10,8 +10,9 @@ import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase as Tokenizer
 
 from data.forms import NO_ANSWER, Conversation, Turn
 from data.templates import MARKS, encode_text, end_ids, end_marks, lead_of, marked, render
@@ -72,25 +73,17 @@ def fit(prompt: list[int], response: list[int], limit: int) -> tuple[list[int], 
     return prompt, response
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Mapping[str, Any]], tools: Any = None
-) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, template: str, turns: Sequence[Turn], tools: Any = None) -> list[int]:
     """Token ids of a conversation up to where the response starts: the same in training and in generation."""
     return encode_text(tokenizer, render(tokenizer, template, turns, tools, for_response=True))
 
 
-def encode_row(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, limit: int, train_on: str
-) -> Encoded:
-    """A conversation as tokens, cut to `limit` of them.
+def encode_row(tokenizer: Tokenizer, template: str, conversation: Conversation, limit: int, train_on: str) -> Encoded:
+    """A conversation as tokens, cut to `limit` of them; `train_on` says whether "all" answers carry loss or the "last".
 
-    Args:
-        train_on: "all" answers carry loss, or only the "last" one.
-
-    Raises:
-        Refused: if the template cannot write it, or leaves a part of it out.
+    Raises Refused if the template cannot write it, or leaves a part of it out.
     """
-    answers = conversation.answers
+    answers, last_only = conversation.answers, False
     if any(MARKS.search(turn["content"]) for turn in conversation.turns):
         raise Refused("with U+F0000 or U+F0001, by which special tokens are told from text")
     if conversation.turns[0]["role"] == "text":
@@ -98,12 +91,10 @@ def encode_row(
     try:
         wanted = answers if train_on == "all" else answers[-1:]
         try:
-            parts, last_only = parts_of(tokenizer, template, conversation, wanted), False
+            parts = parts_of(tokenizer, template, conversation, wanted)
         except Rewritten:
-            wanted = answers[-1:]
-            parts, last_only = parts_of(tokenizer, template, conversation, wanted), True
-        if size_of(parts) <= limit:
-            return Encoded(parts, size_of(parts), last_only)
+            wanted, last_only = answers[-1:], True
+            parts = parts_of(tokenizer, template, conversation, wanted)
         cut = to_turns(parts, limit) if len(wanted) > 1 else to_last(tokenizer, template, conversation, parts, limit)
         return Encoded(cut, size_of(parts), last_only)
     except Refused:
@@ -114,14 +105,8 @@ def encode_row(
         raise Refused(f"at which the template fails ({shortened(error, 150)})") from error
 
 
-def parts_of(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, wanted: Sequence[int]
-) -> list[Part]:
-    """What stands before each turn that is `wanted`, and that turn, as tokens.
-
-    Raises:
-        Rewritten: if the template does not write an earlier one as it did when that was the last.
-    """
+def parts_of(tokenizer: Tokenizer, template: str, conversation: Conversation, wanted: Sequence[int]) -> list[Part]:
+    """What stands before each turn that is `wanted`, and that turn, as tokens."""
     turns, tools = conversation.turns, conversation.tools
     parts, before = [], ""
     for number in wanted:
@@ -140,7 +125,7 @@ def parts_of(
     return parts
 
 
-def alone(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[Turn]) -> str:
+def alone(tokenizer: Tokenizer, template: str, turns: list[Turn]) -> str:
     """How the template writes the last turn if there is no system prompt: some move that once an answer follows."""
     shorter = turns[turns[0]["role"] == "system" :]
     prompt = render(tokenizer, template, shorter[:-1], for_response=True)
@@ -150,7 +135,7 @@ def alone(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[Turn]) 
     return whole[len(prompt) :]
 
 
-def ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+def ended(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """An answer's tokens up to and including the first that ends it; EOS if the template writes none."""
     ends = end_ids(tokenizer)
     end = next((position for position, token in enumerate(ids) if token in ends), None)
@@ -158,7 +143,7 @@ def ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 
 
 def check_all_there(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, number: int, prompt: str, answer: str
+    tokenizer: Tokenizer, template: str, conversation: Conversation, number: int, prompt: str, answer: str
 ) -> None:
     """Raise Refused if the template writes the turns before `number`, or that one, without a part of what they say."""
     for turn in conversation.turns[:number]:
@@ -172,10 +157,10 @@ def check_all_there(
             raise Refused("with tool_calls, for which the template has no place")
 
 
-def plain_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> Encoded:
+def plain_text(tokenizer: Tokenizer, text: str, limit: int) -> Encoded:
     """Text without any template between the special tokens of the tokenizer, all of it trained."""
     start = tokenizer.bos_token or ""
-    before = Part(encode_text(tokenizer, start)) if start else Part([])
+    before = Part(encode_text(tokenizer, start))
     ids = [*encode_text(tokenizer, marked(tokenizer, text), start), tokenizer.eos_token_id]
     kept = ids[: limit - len(before.ids)]
     return Encoded([before, Part(kept, 0)], len(before.ids) + len(ids))
@@ -190,32 +175,25 @@ def size_of(parts: Sequence[Part]) -> int:
 
 def to_turns(parts: list[Part], limit: int) -> list[Part]:
     """The first turns, as many whole ones as fit; of one that is too long by itself what `fit` leaves."""
-    kept = parts
-    while len(kept) > 2 and size_of(kept) > limit:
-        kept = kept[:-2]
-    return fitted(kept, limit)
+    while len(parts) > 2 and size_of(parts) > limit:
+        parts = parts[:-2]
+    return fitted(parts, limit)
 
 
 def to_last(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, parts: list[Part], limit: int
+    tokenizer: Tokenizer, template: str, conversation: Conversation, parts: list[Part], limit: int
 ) -> list[Part]:
     """The last turn with as many of those before it as fit: whole exchanges are left out, the oldest first."""
-    shorter, last = conversation, conversation.turns[conversation.answers[-1]]
-    while size_of(parts) > limit and (turns := without_oldest(shorter.turns, last)):
-        shorter = Conversation(turns, conversation.tools)
-        number = next(number for number, turn in enumerate(turns) if turn is last)
-        parts = parts_of(tokenizer, template, shorter, [number])
-    asked, answer = parts
-    return fitted([asked, Part(answer.ids, conversation.answers[-1])], limit)
-
-
-def without_oldest(turns: list[Turn], last: Turn) -> list[Turn] | None:
-    """The turns without the first exchange; None if `last` answers it. What precedes the first question stays."""
-    asked = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
-    answer = next(number for number, turn in enumerate(turns) if turn is last)
-    if len(asked) < 2 or asked[1] > answer:
-        return None
-    return turns[: asked[0]] + turns[asked[1] :]
+    number = last = conversation.answers[-1]
+    turns = conversation.turns
+    while size_of(parts) > limit:
+        asked = [at for at, turn in enumerate(turns[:number]) if turn["role"] == "user"]
+        if len(asked) < 2:
+            break
+        turns = turns[: asked[0]] + turns[asked[1] :]  # what precedes the first question stays
+        number -= asked[1] - asked[0]
+        parts = parts_of(tokenizer, template, Conversation(turns, conversation.tools), [number])
+    return fitted([parts[0], Part(parts[1].ids, last)], limit)
 
 
 def fitted(parts: list[Part], limit: int) -> list[Part]:
@@ -251,6 +229,10 @@ class Partition:
     def __len__(self) -> int:
         return len(self.sources)
 
+    def keys(self) -> list[bytes]:
+        """What tells rows apart: their tokens."""
+        return [self.ids[start:end].tobytes() for start, end in pairwise(self.starts.tolist())]
+
     def row(self, index: int) -> dict[str, list[int]]:
         """One row as `input_ids` and `labels`, what is not trained masked."""
         place = slice(self.starts[index], self.starts[index + 1])
@@ -259,76 +241,53 @@ class Partition:
 
 
 def tokenize_rows(
-    rows: Iterable[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    limit: int,
-    train_on: str = "all",
+    rows: Iterable[Conversation], tokenizer: Tokenizer, template: str, limit: int, train_on: str = "all"
 ) -> Partition:
     """Tokenize `rows`; those that say nothing, or that the template refuses, are left out, others cut to `limit`."""
-    made = PartitionWriter()
-    for conversation in rows:
-        made.add(encoded(tokenizer, template, conversation, limit, train_on))
-    return made.finish()
+    return as_partition(encoded(tokenizer, template, conversation, limit, train_on) for conversation in rows)
 
 
-def encoded(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, limit: int, train_on: str
-) -> Encoded | str:
+def encoded(tokenizer: Tokenizer, template: str, row: Conversation, limit: int, train_on: str) -> Encoded | str:
     """A row's tokens, or why it is left out."""
-    if not conversation.answers:
+    if not row.answers:
         return NO_ANSWER
     try:
-        return encode_row(tokenizer, template, conversation, limit, train_on)
+        return encode_row(tokenizer, template, row, limit, train_on)
     except Refused as error:
         return str(error)
 
 
-def fault(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, limit: int, train_on: str
-) -> str | None:
-    """Why a row is left out; None if it is not."""
-    made = encoded(tokenizer, template, conversation, limit, train_on)
-    return made if isinstance(made, str) else None
-
-
-class PartitionWriter:
-    """Makes a `Partition` row by row."""
-
-    def __init__(self) -> None:
-        self.ids, self.trained, self.starts = array("i"), bytearray(), array("q", [0])
-        self.whole, self.turns, self.sources = array("i"), array("i"), array("i")
-        self.counts, self.reasons = Counter({"rows": 0, "without_response": 0, "cut": 0}), Counter[str]()
-
-    def add(self, made: Encoded | str) -> None:
-        """The next row, or why it is left out."""
-        self.counts["rows"] += 1
-        if isinstance(made, str):
-            self.counts["without_response" if made == NO_ANSWER else "refused"] += 1
-            self.reasons[made] += 1
-            return
-        for part in made.parts:
-            self.ids.extend(part.ids)
-            self.trained.extend(bytes([part.turn is not None]) * len(part.ids))
-        self.starts.append(len(self.ids))
-        self.whole.append(made.whole)
-        self.turns.append(made.parts[-1].turn or 0)
-        self.sources.append(self.counts["rows"] - 1)
-        self.counts["cut"] += made.whole > size_of(made.parts)
-        if made.last_only:
-            self.counts["last_only"] += 1
-
-    def finish(self) -> Partition:
-        arrays: dict[str, Any] = {
-            name: np.array(getattr(self, name), np.int32) for name in ("ids", "whole", "turns", "sources")
-        }
-        return Partition(
-            **arrays,
-            trained=np.frombuffer(bytes(self.trained), np.bool_),
-            starts=np.array(self.starts, np.int64),
-            counts=dict(self.counts),
-            reasons=dict(self.reasons),
-        )
+def as_partition(made: Iterable[Encoded | str]) -> Partition:
+    """All rows of a partition, each as its tokens or as why it is left out."""
+    ids, trained, starts = array("i"), bytearray(), array("q", [0])
+    whole, turns, sources = array("i"), array("i"), array("i")
+    counts, reasons = Counter(rows=0, without_response=0, cut=0), Counter[str]()
+    for number, row in enumerate(made):
+        counts["rows"] += 1
+        if isinstance(row, str):
+            counts["without_response" if row == NO_ANSWER else "refused"] += 1
+            reasons[row] += 1
+            continue
+        for part in row.parts:
+            ids.extend(part.ids)
+            trained.extend(bytes([part.turn is not None]) * len(part.ids))
+        starts.append(len(ids))
+        whole.append(row.whole)
+        turns.append(row.parts[-1].turn or 0)
+        sources.append(number)
+        counts["cut"] += row.whole > size_of(row.parts)
+        if row.last_only:
+            counts["last_only"] += 1
+    return Partition(
+        ids=np.array(ids, np.int32),
+        trained=np.frombuffer(bytes(trained), np.bool_),
+        starts=np.array(starts, np.int64),
+        whole=np.array(whole, np.int32),
+        turns=np.array(turns, np.int32),
+        sources=np.array(sources, np.int32),
+        counts=dict(counts),
+        reasons=dict(reasons),
+    )
 
 
 def save_partition(partition: Partition, path: Path) -> None:
@@ -337,8 +296,7 @@ def save_partition(partition: Partition, path: Path) -> None:
     arrays = {key: value for key, value in vars(partition).items() if isinstance(value, np.ndarray)}
     try:
         path.parent.mkdir(exist_ok=True)
-        told = {"counts": json.dumps(partition.counts), "reasons": json.dumps(partition.reasons)}
-        save_file(arrays, beside, metadata=told)
+        save_file(arrays, beside, {"counts": json.dumps(partition.counts), "reasons": json.dumps(partition.reasons)})
         beside.replace(path)
     except (OSError, SafetensorError) as error:
         log.warning("%s: the other workers must tokenize it again (%s)", path.name, error)
@@ -349,7 +307,7 @@ def load_partition(path: Path) -> Partition | None:
     """What `save_partition` kept; None if it is not there, or damaged."""
     try:
         with safe_open(path, framework="np") as file:
-            told: dict[str, Any] = {key: json.loads(text) for key, text in file.metadata().items()}
+            told = {key: json.loads(text) for key, text in file.metadata().items()}
         arrays: dict[str, Any] = load_file(path)
         return Partition(**arrays, **told)
     except (OSError, SafetensorError, ValueError):

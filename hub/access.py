@@ -4,31 +4,21 @@ import contextlib
 import errno
 import functools
 import logging
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import httpx
 import huggingface_hub
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import enable_progress_bars, tqdm
 
 from settings.schema import RunError, SettingsError
-from utils import shortened
+from utils import Bar, shortened
 
 log = logging.getLogger(__name__)
 
 PROGRESS = "huggingface_hub.snapshot_download"  # the name of the bar that counts bytes
-LINE_S = 30.0  # between two lines about a download, where there is no terminal
 ANSWER_S = 10.0  # how long the Hub may take to say what a repository holds
 UNREACHABLE = (httpx.TransportError, ConnectionError, TimeoutError)
 
@@ -43,18 +33,14 @@ class Repository(NamedTuple):
     """The newest."""
     sizes: dict[str, int]
     """Bytes of each of its files; none, and no commit, if the Hub says nothing."""
-    failure: RunError | OfflineModeIsEnabled | None
+    failure: RunError | errors.OfflineModeIsEnabled | None
 
 
 def ask(name: str, kind: str) -> Repository:
-    """What the Hub says of a repository. It is asked until it answers once in a process.
-
-    Raises:
-        SettingsError: if the Hub has no such repository for this user.
-    """
+    """What the Hub says of a repository. It is asked until it answers once in a process. Raises as `refused`."""
     try:
         return answered(name, kind)
-    except (RunError, OfflineModeIsEnabled) as failure:
+    except (RunError, errors.OfflineModeIsEnabled) as failure:
         if isinstance(failure, RunError):
             log.warning("what the cache holds is used as it is: %s", failure)
         return Repository(name, kind, "", {}, failure)
@@ -68,13 +54,26 @@ def answered(name: str, kind: str) -> Repository:
     return Repository(name, kind, str(info.sha), sizes, None)
 
 
+def files_of(repository: Repository) -> list[str]:
+    """The files of a repository, where the Hub says nothing as it listed them once, or at least those in the cache."""
+    name, kind = repository.name, repository.kind
+    with contextlib.suppress(errors.CachedRepoTreeNotFoundError):
+        return [*repository.sizes] or [file.path for file in get_cached_repo_tree(name, repo_type=kind)]
+    folder = cached(name, kind, "main", [])
+    return files_in(folder) if folder else []
+
+
+def files_in(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
 def cached(name: str, kind: str, revision: str, files: list[str]) -> Path | None:
     """The folder of a repository in the cache, if it has all of `files`. Asks nobody."""
     try:
         folder = Path(
             snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=files, local_files_only=True)
         )
-    except (LocalEntryNotFoundError, HFValidationError):
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
     return folder if all((folder / file).is_file() for file in files) else None  # its own check needs a listing
 
@@ -85,9 +84,7 @@ def download(repository: Repository, files: list[str], commit: str | None = None
     Args:
         commit: of an earlier download that this one adds to; by default the newest, which the cache then calls main.
 
-    Raises:
-        SettingsError, RunError: as `refused`.
-        OfflineModeIsEnabled: if some are missing, and HF_HUB_OFFLINE is set.
+    Raises as `refused`.
     """
     name, kind, newest, sizes, failure = repository
     folder = cached(name, kind, commit or "main", files)
@@ -108,28 +105,35 @@ def download(repository: Repository, files: list[str], commit: str | None = None
                 shown.close()
 
 
-class DownloadBar(tqdm):
-    """Bytes, speed and time left of a download: one live line on a terminal, elsewhere a line every half minute."""
-
+class DownloadBar(Bar, tqdm):
     what, bytes = "", 0  # all that are missing: huggingface_hub's own total grows file by file
     shown: ClassVar[list[tqdm]] = []
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        self.live, self.said = sys.stderr.isatty(), time.monotonic()
         form = f"downloading {self.what}: {{n_fmt}}B of {{total_fmt}}B, {{rate_fmt}}, {{remaining}} left"
-        shown = settings.get("name") == PROGRESS  # the others count files and transfers
-        settings |= {"disable": not shown, "bar_format": form, "leave": False, "file": sys.stderr}
-        super().__init__(*arguments, **settings)
+        is_shown = settings.get("name") == PROGRESS  # the others count files and transfers
+        super().__init__(*arguments, **settings | {"disable": not is_shown, "bar_format": form})
         self.shown.append(self)
 
     total = property(lambda self: self.bytes, lambda self, _: None)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if self.live:
-            super().display(msg, pos)
-        elif time.monotonic() - self.said > LINE_S:
-            print(msg or str(self), file=sys.stderr, flush=True)
-            self.said = time.monotonic()
+
+@contextlib.contextmanager
+def whole(repository: Repository) -> Iterator[None]:
+    """Say what keeps the Hub from answering where the cache does not hold all of what is needed of a repository."""
+    try:
+        yield
+    except (SettingsError, errors.OfflineModeIsEnabled) as error:
+        name, kind, failure = repository.name, repository.kind, repository.failure
+        if failure is None:
+            raise
+        if isinstance(failure, RunError):
+            raise failure from error
+        what, options = {"model": ("folder", ""), "dataset": ("file or folder", " --repo-type=dataset")}[kind]
+        raise SettingsError(
+            f"{kind}.name={name}: no such local {what}, and not whole in the cache ({failure}); download it first: "
+            f"hf download {name}{options}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -138,13 +142,10 @@ def refused(name: str, kind: str) -> Iterator[None]:
 
     Raises:
         OfflineModeIsEnabled: for the caller, who knows what the cache has.
-        SettingsError: if the Hub has no such repository for this user.
-        RunError: if the network, or this machine's disk, fails.
+        SettingsError: if the Hub has no such repository for this user. RunError: if the network, or the disk, fails.
     """
     try:
         yield
-    except (SettingsError, RunError):  # which say it already
-        raise
     except Exception as error:
         causes = list(causes_of(error))
         known = next(filter(None, (explained(cause, name, kind) for cause in causes)), None)
@@ -157,13 +158,13 @@ def explained(cause: BaseException, name: str, kind: str) -> Exception | None:
     key = f"{kind}.name={name}"
     status = getattr(getattr(cause, "response", None), "status_code", None)
     match cause:
-        case OfflineModeIsEnabled():
-            return OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-        case GatedRepoError():
+        case errors.OfflineModeIsEnabled():
+            return errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        case errors.GatedRepoError():
             page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
             logged_in = "" if huggingface_hub.get_token() else ", then log in: hf auth login"
             return SettingsError(f"{key}: access is granted on request; ask for it at {page}{logged_in}")
-        case RepositoryNotFoundError() | HFValidationError():
+        case errors.RepositoryNotFoundError() | errors.HFValidationError():
             what = {"model": "folder, and no such model", "dataset": "file or folder, and no such data set"}[kind]
             return SettingsError(
                 f"{key}: there is no such local {what} on the Hub; check the name, or log in with `hf auth login` if "

@@ -10,19 +10,15 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from huggingface_hub import get_cached_repo_tree
-from huggingface_hub.errors import CachedRepoTreeNotFoundError, OfflineModeIsEnabled
-
-from hub.access import answered, ask, cached, download
-from settings.schema import RunError, SettingsError
-from utils import local_path
+from hub.access import answered, ask, cached, download, files_in, files_of, whole
+from settings.schema import SettingsError
+from utils import is_lfs_pointer, local_path
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where transformers finds a model's weights, in its order of preference."""
 SMALL = re.compile(r"[^/]+\.(json|model|txt|jinja|tiktoken)|additional_chat_templates/[^/]+\.jinja")
 """Configuration, tokenizer, chat templates, and the lists of the weights' files."""
 ADAPTER_CONFIG = "adapter_config.json"
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def forget() -> None:
@@ -41,18 +37,13 @@ def model_folder(name: str, *, weights: bool, code: bool = False) -> Path:
         code: also the Python files of the repository, for `model.trust_remote_code`.
 
     Raises:
-        SettingsError: if there is no such model, it is not open to this user, or it is not one that transformers loads.
-        RunError: if the network fails.
+        SettingsError: if this user finds no such model, or none that transformers loads. RunError: without network.
     """
     return local_folder(name, weights) or fetch_model(name, weights, code)
 
 
 def cached_model(name: str, *, code: bool = False) -> Path | None:
-    """The folder of a base model if it is on this machine, at least config.json. Asks nobody.
-
-    Args:
-        code: only with the Python files that config.json names.
-    """
+    """The folder of a base model if its config.json, and with `code` the Python files that it names, are here."""
     folder = local_folder(name, weights=True) or cached(name, "model", "main", ["config.json"])
     return None if folder and code and not has_code(folder) else folder
 
@@ -78,7 +69,7 @@ def local_folder(name: str, weights: bool) -> Path | None:
     check_files(name, files, weights)
     try:
         for file in small_files(files) + (weight_files(name, folder, files) if weights else []):
-            if (folder / file).stat().st_size < 1024 and (folder / file).read_bytes().startswith(LFS_POINTER):
+            if is_lfs_pointer(folder / file):
                 raise SettingsError(
                     f"model.name={name}: {file} is a Git LFS pointer, not the file itself; run `git lfs pull` in "
                     f"{folder}"
@@ -92,33 +83,11 @@ def local_folder(name: str, weights: bool) -> Path | None:
 def fetch_model(name: str, weights: bool, code: bool) -> Path:
     """The folder of the Hub's model in the cache: first what describes it, then the weights that its list names."""
     repository = ask(name, "model")
-    failure, files = repository.failure, list(repository.sizes) or cached_files(name)
-    try:
-        check_files(name, files, weights or not failure)
+    with whole(repository):
+        files = files_of(repository)
+        check_files(name, files, weights or not repository.failure)
         folder = download(repository, small_files(files, code))
         return download(repository, weight_files(name, folder, files), folder.name) if weights else folder
-    except (SettingsError, OfflineModeIsEnabled) as error:
-        if failure is None:
-            raise
-        if isinstance(failure, RunError):
-            raise failure from error
-        raise SettingsError(
-            f"model.name={name}: no such local folder, and not whole in the cache ({failure}); download it first: "
-            f"hf download {name}"
-        ) from error
-
-
-def cached_files(name: str) -> list[str]:
-    """The files of a repository in the cache, as the Hub listed them, or at least those that are there."""
-    try:
-        return [file.path for file in get_cached_repo_tree(name)]
-    except CachedRepoTreeNotFoundError:
-        folder = cached(name, "model", "main", [])
-        return files_in(folder) if folder else []
-
-
-def files_in(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def small_files(files: Collection[str], code: bool = False) -> list[str]:

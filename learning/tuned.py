@@ -19,9 +19,8 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 import model as adapters
 from dataset import read_template
-from hub.models import LFS_POINTER
 from settings.schema import DatasetConfig, ModelConfig, RunError, SettingsError
-from utils import local_path, shortened
+from utils import is_lfs_pointer, local_path, shortened
 
 PREFIX = "base_model.model."  # of the names in an adapter, before the base model's own
 PICKLED_FILE = "adapter_model.bin"  # as older versions of PEFT wrote it
@@ -187,9 +186,8 @@ def tensor_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     if file is None:
         raise SettingsError(f"has no {adapters.ADAPTER_FILE} (or {PICKLED_FILE}); copy the adapter again")
     with explained(f"{file.name} cannot be read", "; copy the adapter again"):
-        with file.open("rb") as opened:
-            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ValueError("it is a Git LFS pointer, not the file itself: run `git lfs pull` there")
+        if is_lfs_pointer(file):
+            raise ValueError("it is a Git LFS pointer, not the file itself: run `git lfs pull` there")
         try:
             tensors = load_peft_weights(str(checkpoint), device="cpu")
         except pickle.UnpicklingError as error:

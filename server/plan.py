@@ -11,7 +11,7 @@ from dataset import (
     Rows,
     Survey,
     data_facts,
-    fault,
+    encoded,
     find_template,
     load_eval_rows,
     load_rows,
@@ -112,7 +112,7 @@ def surveyed(config: RunConfig, rows: Rows, tokenizer: Any, template: str) -> Su
         SettingsError: if nothing is left of them.
     """
     limit, train_on = config.train.seq_length, config.dataset.train_on
-    found = survey(rows, lambda row: fault(tokenizer, template, row, limit, train_on) if tokenizer else None)
+    found = survey(rows, lambda row: encoded(tokenizer, template, row, limit, train_on) if tokenizer else None)
     if sum(found.left_out.values()) == len(rows):
         reasons = [reason for reason in found.left_out if reason != NO_ANSWER]
         if reasons:

@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+import utils
 from dataset import load_rows
 from hub import access
 from hub import models as hub
@@ -22,7 +23,7 @@ from settings.compose import compose
 from settings.schema import RunError, SettingsError
 from tests.hub.repositories import build
 from tests.hub.server import LocalHub
-from utils import SUITE_FOLDER, quiet_libraries, read_json_lines
+from utils import LFS_POINTER, SUITE_FOLDER, quiet_libraries, read_json_lines
 
 INDEX_FILE = "pytorch_model.bin.index.json"
 MODEL, ROWS = "openlm-research/open_llama_7b_v2", "vicgalle/alpaca-gpt4"
@@ -127,7 +128,7 @@ def local(repositories, tmp_path, monkeypatch):
 
 def test_download_shows_how_far_it_is_where_all_else_is_quiet(local, monkeypatch, capsys):
     quiet_libraries()
-    monkeypatch.setattr(access, "LINE_S", -1.0)
+    monkeypatch.setattr(utils, "LINE_S", -1.0)
     hub.model_folder(MODEL, weights=True)
     shown = capsys.readouterr().err
     assert re.search(rf"downloading {MODEL}: \S+B of 1\d\.\dMB, .*B/s, \S+ left", shown), shown
@@ -336,6 +337,6 @@ def test_code_of_another_repository_is_not_on_this_machine(tmp_path):
 
 def test_lfs_pointer_says_what_to_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(hub.LFS_POINTER + b"v1\noid sha256:0\nsize 9\n")
+    (tmp_path / "model.safetensors").write_bytes(LFS_POINTER + b"v1\noid sha256:0\nsize 9\n")
     with pytest.raises(SettingsError, match="model.safetensors is a Git LFS pointer.*git lfs pull"):
         hub.model_folder(str(tmp_path), weights=True)

@@ -102,3 +102,17 @@ def test_cloned_repository_is_read_as_on_the_hub(layout, local, repositories):
     rows = dataset.load_rows(config)
     config.name = str(repositories / "datasets" / config.name)
     assert dataset.load_rows(config).table[:] == rows.table[:]
+
+
+def test_without_the_hub_a_split_is_read_whole_or_not_at_all(local, monkeypatch):
+    name = "HuggingFaceH4/ultrachat_200k"
+    rows, other = (
+        compose([f"dataset.name={name}", f"dataset.split={split}"]).dataset for split in ("train_sft", "test_sft")
+    )
+    before = dataset.load_rows(rows).table[:]
+    assert not [request for request in local.requests if "test_sft-" in request.split("/")[-1]]
+    hub.forget()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert dataset.load_rows(rows).table[:] == before
+    with pytest.raises(SettingsError, match=f"not whole in the cache .*hf download {name} --repo-type=dataset"):
+        dataset.load_rows(other)

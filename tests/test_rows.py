@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import dataset
-from settings.schema import SettingsError
+from settings.schema import DatasetConfig, SettingsError
 
 ASKED, SAID = "Say the number {}.", "It is {}."
 ROWS = [
@@ -420,10 +420,7 @@ def test_what_cannot_be_read_is_refused_with_its_place(what, tmp_path):
         (["dataset.name='  '"], "dataset.name= : needs a file, a folder or the id of a Hub data set"),
         (["dataset.name="], "dataset.name=: needs a file, a folder or the id of a Hub data set"),
         (["dataset.name=~/no such/[x].jsonl"], "dataset.name=~/no such/[x].jsonl: there is no such file or folder"),
-        (
-            ["dataset.split='train[:10%]'"],
-            "dataset.split=train[:10%]: parts and sums of splits are for data sets of the",
-        ),
+        (["dataset.split='train[a:b]'"], "dataset.split=train[a:b]: Unrecognized instruction format: train[a:b]"),
         (
             ["dataset.columns={input: category, context: input}"],
             "dataset.columns.context=input: category already is for",
@@ -435,6 +432,19 @@ def test_settings_that_cannot_be_meant_get_one_line(overrides, message, tmp_path
     with pytest.raises(SettingsError) as raised:
         list(dataset.load_rows(config_of(file, *overrides)))
     assert message in str(raised.value)
+
+
+def test_parts_and_sums_of_splits_are_read_as_datasets_writes_them(tmp_path):
+    folder = written(tmp_path / "rows", {"train.jsonl": lines(ROWS), "test.jsonl": lines(ROWS[:2])})
+    for split, expected in (
+        ("train[:25%]", RIGHT[:6]),
+        ("train[-2:] + test", RIGHT[-2:] + RIGHT[:2]),
+        ("test[1:]+train[:1]", RIGHT[1:2] + RIGHT[:1]),
+    ):
+        cfg = DatasetConfig(
+            name=str(folder), split=split, subset=None
+        )  # as test.py has it, without what it does not need
+        assert dataset.load_rows(cfg).column("output") == expected
 
 
 def test_linked_folders_are_read_once_and_a_link_to_nothing_is_refused(tmp_path):
