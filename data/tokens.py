@@ -278,9 +278,16 @@ def as_partition(made: Iterable[Encoded | str]) -> Partition:
         counts["cut"] += row.whole > size_of(row.parts)
         if row.last_only:
             counts["last_only"] += 1
-    numbers: Any = [np.array(part, np.int32) for part in (whole, turns, sources)]
-    flags = np.frombuffer(bytes(trained), np.bool_)
-    return Partition(np.array(ids, np.int32), flags, np.array(starts, np.int64), *numbers, dict(counts), dict(reasons))
+    return Partition(
+        ids=np.array(ids, np.int32),
+        trained=np.frombuffer(bytes(trained), np.bool_),
+        starts=np.array(starts, np.int64),
+        whole=np.array(whole, np.int32),
+        turns=np.array(turns, np.int32),
+        sources=np.array(sources, np.int32),
+        counts=dict(counts),
+        reasons=dict(reasons),
+    )
 
 
 def save_partition(partition: Partition, path: Path) -> None:
