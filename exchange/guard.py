@@ -52,7 +52,7 @@ def check_report(reply: Message) -> str | None:
     reports = list(reply.content.metric_records.values())
     if len(reports) != 1 or set(reports[0]) != REPORT:
         return f"does not report exactly {', '.join(sorted(REPORT))}"
-    for name, value in reports[0].items():
+    for name, value in metrics_of(reply).items():
         is_usable = isinstance(value, int | float) and 0 <= value <= MOST  # nor NaN
         if not is_usable or (name == "num-examples" and (value < 1 or value % 1)):
             return f"{name}={value} is no usable number"

@@ -92,10 +92,11 @@ def served(clients: Clients, left: Collection[int], final: RecordDict, timeout_s
 
 def contents(record: Record, summary: Mapping[str, Any]) -> RecordDict:
     """The last adapter, and the one with the lowest held-out loss if that is another, with cards and digests."""
-    last, best = int(record.state.round_number), record.best
+    last = record.state.round_number
+    best = record.best or last
     config: dict[str, Any] = {"rounds": last, "ended": str(summary["ended"] or "")}
     records: dict[str, Any] = {}
-    for kind, number in {"final": last, **({} if best in (None, last) else {"best": best})}.items():
+    for kind, number in ({"final": last} | ({"best": best} if best != last else {})).items():
         folder = folder_of(record.folder, number)
         if not folder.is_dir():  # the best one may have been measured in a round that is not kept
             continue
