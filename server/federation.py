@@ -175,23 +175,23 @@ class Federation:
 
         Raises:
             SettingsError: if all clients say the same that has to be changed.
-            RunError: if too few are good after `round_retries` more trials, with the first client's own traceback.
+            RunError: if too few are good after `round_retries`, with the first client's own traceback.
         """
         sampling, key, trained = self.config.sampling, ("train", self.config.seed, round_number), Trained()
-        for trial in range(sampling.round_retries + 1):
+        for retry in range(sampling.round_retries + 1):
             self.wait_for(sampling.min_replies, sampling.round_timeout_s)
             here = self.clients.nodes
             count = num_training(self.config, len(here))
-            chosen = choose(here, count, *key, trial=trial, good=trained.good, dropped=trained.dropped)
+            chosen = choose(here, count, *key, retry=retry, good=trained.good, dropped=trained.dropped)
             self.budget.check(round_number, len(here), len(chosen), self.bytes_left())
             adapter, settings = self.record.state.adapter, {"learning-rate": learning_rate}
             replies = self.clients.exchange(self.messages("train", round_number, chosen, adapter, **settings))
-            if not trial:
+            if not retry:
                 raise_shared_refusal(replies.values())
-            trained = replace(self.accept(round_number, replies, trained), retries=trial)
+            trained = replace(self.accept(round_number, replies, trained), retries=retry)
             if len(trained.good) >= sampling.min_replies:
                 return trained
-            if trial < sampling.round_retries:
+            if retry < sampling.round_retries:
                 few = f"{len(trained.good)} good replies, {sampling.min_replies} are needed"
                 self.progress.warn(f"round {round_number}: {few}: other clients are asked")
         raise RunError(too_few(round_number, trained, sampling.min_replies, self.clients.label))
@@ -219,7 +219,7 @@ class Federation:
         return messages
 
     def accept(self, round_number: int, replies: Mapping[int, Message], before: Trained) -> Trained:
-        """What earlier trials gave, with the replies that can be aggregated; the others are named, and left out."""
+        """What was good before, with the replies that can be aggregated; the others are named, and left out."""
         faults = {p: fault for p, reply in replies.items() if (fault := self.fault_of(p, reply))}
         good = {**before.good, **without(replies, faults)}
         sizes = {p: guard.update_norm(good[p], self.codec.sent[p]) for p in without(replies, faults)}
@@ -265,12 +265,12 @@ class Federation:
         """The scores on `dataset.eval_name`: of a client with rows of its own for it, or of any if none has such."""
         config, scores, asked = self.config, Scores(), set[int]()
         count, own = config.evaluators_after(round_number), self.clients.with_own_eval()
-        for trial in range(config.sampling.round_retries + 1):
+        for retry in range(config.sampling.round_retries + 1):
             key = ("global", config.seed, round_number)
             if own:
                 chosen = [partition for partition in own if partition not in asked][:count] or own[:count]
             else:
-                chosen = choose(self.clients.nodes, count, *key, trial=trial, dropped=asked)
+                chosen = choose(self.clients.nodes, count, *key, retry=retry, dropped=asked)
             scores, _ = self.scores(round_number, adapter, chosen, "global")
             asked |= set(chosen)
             if scores or count * self.budget.payload_bytes > self.bytes_left():

@@ -24,21 +24,21 @@ def sample(partitions: Iterable[int], count: int, *key: str | int) -> list[int]:
     return sorted(int(partition) for partition in drawn)
 
 
-def choose(here: Ids, count: int, *key: str | int, trial: int = 0, good: Ids = (), dropped: Ids = ()) -> list[int]:
+def choose(here: Ids, count: int, *key: str | int, retry: int = 0, good: Ids = (), dropped: Ids = ()) -> list[int]:
     """The partition ids of `count` clients that take part, of those that are `here`.
 
-    In a further trial, as many as are missing besides the `good` ones; those that were `dropped` are asked again only
+    In a retry, as many as are missing besides the `good` ones; those that were `dropped` are asked again only
     if there are too few others.
     """
     there = set(here)
     count = min(count, len(there))
-    if not trial:
+    if not retry:
         return sample(there, count, *key)
     others, missing = there - set(good), count - len(set(good))
     fresh = others - set(dropped)
-    chosen = sample(fresh, min(missing, len(fresh)), *key, trial)
+    chosen = sample(fresh, min(missing, len(fresh)), *key, retry)
     again = others - fresh
-    return sorted(chosen + sample(again, min(missing - len(chosen), len(again)), *key, trial, "again"))
+    return sorted(chosen + sample(again, min(missing - len(chosen), len(again)), *key, retry, "again"))
 
 
 class BudgetSpent(Exception):

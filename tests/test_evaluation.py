@@ -470,7 +470,7 @@ def test_budget_ends_the_run_before_the_round_that_would_exceed_it(form, tmp_pat
         assert federation.record.state.round_number == rounds
 
 
-def test_budget_counts_evaluations_and_further_trials(tmp_path):
+def test_budget_counts_evaluations_and_retries(tmp_path):
     """A round is 2 x 2 adapters and one to evaluate, every second round and before the first: 1 + 4 + 5 + 4 + 5."""
     settings = ["num_rounds=10", HELD_OUT, "evaluate.every_rounds=2"]
     size = make_federation(small(*settings), tmp_path / "none").budget.payload_bytes

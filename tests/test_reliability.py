@@ -687,7 +687,7 @@ class Leaving(LocalGrid):
 
 
 @pytest.mark.parametrize("new_id", [0, 5])
-def test_client_that_leaves_between_two_trials_has_answered_all_the_same(new_id, tmp_path):
+def test_client_that_leaves_before_a_retry_has_answered_all_the_same(new_id, tmp_path):
     def bad(partition, number, reply):
         return lost(reply) if number == 2 and partition != next(iter(clients.good[2])) else reply
 
