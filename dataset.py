@@ -71,7 +71,8 @@ def read_table(cfg: DatasetConfig) -> Table:
     except SettingsError as error:
         raise SettingsError(name + str(error).removeprefix(name)) from error
     except OSError as error:
-        raise SettingsError(f"{name}cannot be read ({error.strerror or error})") from error
+        what = f"{error.filename} " if error.filename else ""
+        raise SettingsError(f"{name}{what}cannot be read ({error.strerror or error})") from error
 
 
 def as_rows(table: Table, columns: Mapping[str, Any], name: str) -> Rows:

@@ -107,9 +107,9 @@ def loading(cfg: ModelConfig, part: str, advice: str = "") -> Iterator[None]:
     """Answer whatever transformers makes of a part of a repository, which may hold anything, with one line."""
     try:
         yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
-        raise
     except Exception as error:
+        if part == "its weights" and isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError):
+            raise
         kind = f"{type(error).__name__}: " if isinstance(error, KeyError | AttributeError | IndexError) else ""
         why = f"{part} cannot be loaded ({shortened(f'{kind}{error}' or repr(error), 300)})"
         if "trust_remote_code" in str(error):

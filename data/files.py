@@ -20,10 +20,12 @@ KINDS = {
     ".arrow": "arrow",
 }  # fmt: skip
 PACKED = (".gz", ".zst")
-ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data sets, not their rows
+ABOUT = (  # of data sets, not their rows
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"
+)  # fmt: skip
 CARD = "README.md"
 SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
-SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-\w+)?")  # as on the Hub
+SHARD = re.compile(r"(?P<split>(?!(data|part)-).+)-\d{5}-of-\d{5}(-\w+)?")  # as on the Hub; `save_to_disk` writes data-
 
 
 def kind_of(path: PurePath) -> str | None:
@@ -46,16 +48,17 @@ def data_files(cfg: DatasetConfig, names: Iterable[str], card: Path, in_splits: 
 
     Args:
         names: all files of a folder or repository, relative to it. card: its README.md.
-        in_splits: as on the Hub, a file whose name says nothing belongs to the split train, beside files that are
-            numbered with their split nothing else has rows, and of several kinds most files are of the right one.
+        in_splits: as on the Hub, files whose names say nothing are the split train if no name says so, beside files
+            that are numbered with their split nothing else has rows, and of several kinds most are of the right one.
 
     Raises:
         SettingsError: without the data set's name, if there are none, or several kinds.
     """
     paths = sorted(path for path in map(PurePath, names) if holds_rows(path))
-    files = listed_in_card(cfg, paths, configs_of(card)) or of_split(paths, cfg.split, in_splits)
+    files = listed_in_card(cfg, paths, configs_of(card), in_splits) or of_split(paths, cfg.split, in_splits)
     if in_splits and files:
-        usual = Counter(map(kind_of, files)).most_common(1)[0][0]
+        kinds = Counter(map(kind_of, files))
+        usual = max(kinds, key=lambda kind: (kinds[kind], kind == "parquet"))
         files = [file for file in files if kind_of(file) == usual]
     return one_kind(files), [file.as_posix() for file in files]
 
@@ -114,17 +117,19 @@ def saved_files(folder: Path, split: str) -> list[Path]:
         return [folder / PurePath(entry["filename"]).name for entry in state["_data_files"]]
     except FileNotFoundError:
         return []
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise error if isinstance(error, SettingsError) else SettingsError(f"cannot be read ({error})") from error
 
 
 def of_split(paths: Collection[PurePath], split: str, in_splits: bool) -> list[PurePath]:
     """The files of this split, if names of files or of their folders say of which they are; otherwise all."""
     named = {path: split_named(path) for path in paths}
-    if not in_splits and len({name for name in named.values() if name}) < 2:
+    said = {*filter(None, named.values())}
+    if not in_splits and len(said) < 2:
         return list(named)
     shards = {path: name for path, name in named.items() if in_splits and SHARD.fullmatch(stem(path))}
-    named = shards or {path: name or "train" for path, name in named.items()}
+    is_train = not (in_splits and "train" in said)  # what says nothing
+    named = shards or {path: name or "train" for path, name in named.items() if name or is_train}
     found = {*filter(None, named.values())}
     chosen = [path for path, name in named.items() if name == (split if split in found else SPLITS.get(split, split))]
     if found and not chosen:
@@ -140,18 +145,18 @@ def split_named(path: PurePath) -> str | None:
     """The split that a relative path names: `train_sft` for train_sft-00000-of-00003.parquet, `test` for test.jsonl."""
     if shard := SHARD.fullmatch(stem(path)):
         return SPLITS.get(shard["split"], shard["split"])
-    for part in (stem(path), *reversed(path.parts[:-1])):
+    for part in reversed(path.parts):
         if found := next((SPLITS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in SPLITS), None):
             return found
     return None
 
 
 def listed_in_card(
-    cfg: DatasetConfig, paths: Collection[PurePath], configs: Collection[dict[str, Any]]
+    cfg: DatasetConfig, paths: Collection[PurePath], configs: Collection[dict[str, Any]], in_splits: bool
 ) -> list[PurePath]:
     """The files that the `configs` of a README.md list for a split; none if there are no configs."""
     if not configs:
-        if cfg.subset:
+        if cfg.subset not in (None, "", "default"):
             raise SettingsError(f"dataset.subset={cfg.subset}: its README.md lists no configurations")
         return []
     chosen = [config for config in configs if config.get("config_name") == cfg.subset]
@@ -160,19 +165,32 @@ def listed_in_card(
     if len(chosen) != 1:
         names = ", ".join(str(config.get("config_name")) for config in configs)
         raise SettingsError(f"dataset.subset={cfg.subset or 'null'}: {cfg.name} has {names}; choose one")
-    splits = chosen[0]["data_files"]
-    if cfg.split not in splits:
+    folder, splits = chosen[0]["data_dir"], chosen[0]["data_files"]
+    if splits and cfg.split not in splits:
         raise SettingsError(f"dataset.split={cfg.split}: {cfg.name} has {', '.join(splits)}")
-    return [path for path in paths if any(pattern.match(path.as_posix()) for pattern in splits[cfg.split])]
+    if not splits:
+        found = of_split([path for path in paths if path.is_relative_to(folder)], cfg.split, in_splits)
+    else:
+        found = [path for path in paths if any(pattern.match(path.as_posix()) for pattern in splits[cfg.split])]
+    if in_splits and not found:
+        raise SettingsError(
+            f"dataset.split={cfg.split}: its README.md lists no file for it that is there and is one of "
+            f"{', '.join(KINDS)}"
+        )
+    return found
 
 
 def configs_of(card: Path) -> list[dict[str, Any]]:
-    """The configurations of a dataset card that name files, with patterns by split; none if it is no such card."""
+    """The configurations of a dataset card, with folder, and patterns by split or none; none if it is no such card."""
     try:
-        configs = [config for config in metadata_load(card)["configs"] if config["data_files"]]
+        configs: list[dict[str, Any]] = metadata_load(card)["configs"]
         for config in configs:
-            splits = sanitize_patterns(config["data_files"])
-            config["data_files"] = {key: [re.compile(glob_translate(p)) for p in splits[key]] for key in splits}
+            config["data_dir"] = folder = PurePath(config.get("data_dir") or "")
+            named = sanitize_patterns(config.get("data_files") or {})
+            config["data_files"] = {
+                key: [re.compile(glob_translate((folder / pattern).as_posix())) for pattern in patterns]
+                for key, patterns in named.items()
+            }
         return configs
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError):
         return []

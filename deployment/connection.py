@@ -54,7 +54,8 @@ def check_connection(options: argparse.Namespace) -> None:
 
 def client_of(kind: Any, options: argparse.Namespace, *interceptors: Any) -> Any:
     """A client of Flower, of this `kind`, for the SuperLink that the options name."""
-    certificates = options.root_certificates.read_bytes() if options.root_certificates else None
+    file = options.root_certificates
+    certificates = file.read_text("ascii", errors="ignore").encode() if file else None  # comments may hold anything
     return kind.from_server_address(options.superlink, options.insecure, certificates, interceptors)
 
 

@@ -93,10 +93,11 @@ class Node:
             return
         self.link.identify(task.run.run_id)
         told: Any = Error(answer.code, answer.told) if answer.code else answer.content
+        if answer.code:  # its owner learns of it, whether or not the server still does
+            log.error("%s: %s", kind, answer.whole)
         self.link.send(Message(told, reply_to=task.message), seconds)
         tally.messages += 1
         if answer.code:
-            log.error("%s: %s", kind, answer.whole)
             return
         log.info("%s: %.1f s%s", kind, seconds, self.shown(answer.content, tally))
         if kind == "query.final" and not tally.ended:

@@ -96,11 +96,11 @@ class Run:
         self.has_log = self.gave_reason = self.says_how = False
 
     def start(self, overrides: str) -> None:
-        """Raises RunError if the SuperLink does not take it."""
-        bundle = build_fab_from_disk(SUITE_FOLDER)
-        fab = fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {}))
+        """Raises RunError if this folder cannot be packed, or the SuperLink does not take it."""
         config = user_config_to_proto({"overrides": overrides})
         try:
+            bundle = build_fab_from_disk(SUITE_FOLDER)
+            fab = fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {}))
             with flwr_cli_exc_handler():
                 self.id = self.client.StartRun(StartRunRequest(fab=fab, override_config=config)).run_id
         except (ClickException, ValueError) as error:
@@ -136,8 +136,10 @@ class Run:
                     self.folder = line.removeprefix(FOLDER).strip()
                 self.gave_reason |= line.startswith("error: ")
                 self.says_how |= line.startswith("log: ")
-        except (httpx.HTTPError, ValueError):
-            return  # `status` says what is wrong
+        except (httpx.HTTPError, ValueError) as error:
+            self.gave_reason = True  # for all that is known here
+            reason = shortened(error, 200) or type(error).__name__
+            print(f"warning: the log of run {self.id} cannot be read any further ({reason})", file=sys.stderr)
 
     def log(self) -> Iterator[str]:
         """Its lines, as they come."""
@@ -152,10 +154,10 @@ class Run:
         """How the run ended, such as finished:completed or finished:failed. Raises RunError if nobody says it."""
         while True:
             try:
-                [run] = self.client.ListRuns(ListRunsRequest(run_id=self.id)).run_dict.values()
-            except (httpx.HTTPError, ValueError) as error:
-                reason = shortened(error, 200) or type(error).__name__
-                raise RunError(f"run {self.id}: its status is not known ({reason})") from error
+                with flwr_cli_exc_handler():
+                    [run] = self.client.ListRuns(ListRunsRequest(run_id=self.id)).run_dict.values()
+            except (ClickException, ValueError) as error:
+                raise RunError(f"run {self.id}: its status is not known ({shortened(error, 200)})") from error
             if run.status.status == Status.FINISHED:
                 return f"{run.status.status}:{run.status.sub_status}"
             time.sleep(1)

@@ -15,7 +15,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
-from exchange.faults import SETTINGS_ERROR, SILENT
+from exchange.faults import CLIENT_ERROR, SETTINGS_ERROR, SILENT
 from exchange.folding import folded, unfolded
 from exchange.guard import MOST
 from exchange.pulling import pull
@@ -292,6 +292,8 @@ def cleaned(reply: Message) -> Message:
     """`reply` with its arrays unfolded; what it says of an error cannot steer a terminal, and has an end."""
     if reply.has_error():
         reply.error.__dict__["_reason"] = printable(str(reply.error.reason))[:MOST_REASON]
+        if reply.error.code == SILENT:  # which is not for a client to say: it would be asked again and again
+            reply.error.__dict__["_code"] = CLIENT_ERROR
         return reply
     with suppress(Exception):  # what cannot be unfolded stays as it is, and is found wanting
         reply.content = unfolded(reply.content)

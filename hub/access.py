@@ -125,7 +125,7 @@ def whole(repository: Repository) -> Iterator[None]:
         yield
     except (SettingsError, errors.OfflineModeIsEnabled) as error:
         name, kind, failure = repository.name, repository.kind, repository.failure
-        if failure is None:
+        if failure is None or str(error).startswith(("dataset.split=", "dataset.subset=")):  # the user's to choose
             raise
         if isinstance(failure, RunError):
             raise failure from error

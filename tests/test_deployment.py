@@ -38,6 +38,7 @@ import client
 from dataset import load_rows
 from deployment import bundle, certificates, connection, launchers, limits, link, resident, submission
 from deployment.acceptance import accepted
+from deployment.node import Node, Tally, log
 from deployment.work import answered
 from exchange.faults import SETTINGS_ERROR, failure_of
 from exchange.transfer import to_record
@@ -588,6 +589,47 @@ def test_run_that_the_superlink_does_not_take_says_why(status):
     with pytest.raises(RunError, match=r"its status is not known \(refused\)"):
         run.status()
     run.stop()
+
+
+def test_folder_that_cannot_be_packed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(submission, "SUITE_FOLDER", tmp_path)
+    with pytest.raises(RunError, match=r"took no run: pyproject\.toml not found"):
+        submission.Run(OPTIONS).start("")
+
+
+def test_run_that_a_superlink_has_forgotten_and_a_log_that_breaks_off_are_said(capsys):
+    def forgotten(request):
+        answer = httpx.Response(404, json={"code": 16, "detail": "Run ID not found."})
+        raise httpx.HTTPStatusError("404", request=httpx.Request("POST", "http://x"), response=answer)
+
+    run = submission.Run(OPTIONS)
+    run.client = SimpleNamespace(ListRuns=forgotten, StreamLogs=forgotten)
+    with pytest.raises(RunError, match=r"its status is not known \(\[code: 16\] Run ID not found"):
+        run.status()
+    run.show_log()
+    assert "the log of run 0 cannot be read any further (404)" in capsys.readouterr().err
+
+
+def test_failure_is_on_the_terminal_of_its_node_even_if_the_run_is_over(caplog, monkeypatch):
+    def over(*_):
+        raise link.RunOver
+
+    identify_as_flower_task()
+    asked = Message(RecordDict(), 5, "train")
+    failing = Node(SimpleNamespace(identify=lambda _: None, send=over), None, {}, DEFAULT)
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(failing, "tally_of", lambda task: Tally(task.run))
+    monkeypatch.setattr(failing, "answer_of", lambda task: resident.Answer(None, 1, "told", "the whole reason"))
+    with pytest.raises(link.RunOver):
+        failing.answer(link.Task(asked, SimpleNamespace(run_id=7), b""))
+    assert "the whole reason" in caplog.text
+
+
+def test_certificates_may_have_comments_in_any_language(tmp_path):
+    certificates.make(tmp_path, ["localhost"], [])
+    file = tmp_path / "ca.pem"
+    file.write_text("# Zürich\n" + file.read_text(), encoding="utf-8")
+    submission.Run(argparse.Namespace(superlink="127.0.0.1:1", insecure=False, root_certificates=file))
 
 
 # --- the engine, for real -------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 import pytest
 
 import dataset
+from data.files import data_files
 from hub import models as hub
 from settings.compose import compose
-from settings.schema import SettingsError
+from settings.schema import DatasetConfig, SettingsError
 from tests.conftest import often, run_locally, small
 from tests.hub.repositories import build
 from tests.hub.server import LocalHub
@@ -116,3 +117,47 @@ def test_without_the_hub_a_split_is_read_whole_or_not_at_all(local, monkeypatch)
     assert dataset.load_rows(rows).table[:] == before
     with pytest.raises(SettingsError, match=f"not whole in the cache .*hf download {name} --repo-type=dataset"):
         dataset.load_rows(other)
+    with pytest.raises(SettingsError, match=f"dataset.split=train: {name} has train_sft"):
+        dataset.load_rows(compose([f"dataset.name={name}"]).dataset)
+
+
+CONFIGS = """---
+configs:
+- config_name: main
+  data_dir: main
+  default: true
+- config_name: other
+  data_files: ./other.jsonl
+- config_name: gone
+  data_files: gone/*.txt
+---
+"""
+CONFIGURED = "main/train.jsonl main/test.jsonl other.jsonl"
+CHOSEN = {  # files, split and subset, README.md: what `datasets` takes of them, or what is said
+    ("train.jsonl.gz test.jsonl.gz preference/all.jsonl.gz", "train", None, ""): "train.jsonl.gz",
+    ("x.train.json x.dev.json", "validation", None, ""): "x.dev.json",
+    ("train/data-00000-of-00001.arrow train/state.json test/data-00000-of-00001.arrow", "test", None, ""): (
+        "test/data-00000-of-00001.arrow"
+    ),
+    ("data-00000-of-00001.arrow state.json", "train", "default", ""): "data-00000-of-00001.arrow",
+    ("part-00000-of-00001.parquet", "train", None, ""): "part-00000-of-00001.parquet",
+    ("a.json a.parquet config.json", "train", None, ""): "a.parquet",
+    ("a.jsonl test.jsonl", "train", None, ""): "a.jsonl",
+    (CONFIGURED, "train", None, CONFIGS): "main/train.jsonl",
+    (CONFIGURED, "test", "main", CONFIGS): "main/test.jsonl",
+    (CONFIGURED, "train", "other", CONFIGS): "other.jsonl",
+    ("a.jsonl", "train", None, f"---\nconfigs: {'[' * 3000}\n---\n"): "a.jsonl",
+    (CONFIGURED, "train", "gone", CONFIGS): "dataset.split=train: its README.md lists no file for it",
+}
+
+
+@pytest.mark.parametrize("asked", CHOSEN)
+def test_files_of_a_split_are_those_that_datasets_takes(asked, tmp_path):
+    names, split, subset, text = asked
+    card = tmp_path / "README.md"
+    card.write_text(text)
+    try:
+        found = " ".join(data_files(DatasetConfig("o/n", split=split, subset=subset), names.split(), card, True)[1])
+    except SettingsError as error:
+        found = str(error)
+    assert found.startswith(CHOSEN[asked])

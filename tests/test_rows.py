@@ -380,6 +380,10 @@ BAD = {  # what: files, what is said
     "gzip that ends early": ({"d.jsonl.gz": gzip.compress(lines(ROWS))[:-20]}, "d.jsonl.gz cannot be read"),
     "Zstandard that is broken": ({"d.jsonl.zst": zstd(lines(ROWS))[:30]}, "d.jsonl.zst"),
     "a Git LFS pointer": ({"d.parquet": b"version https://git-lfs.github.com/spec/v1\noid"}, "run `git lfs pull`"),
+    "a saved data set's list of files that is nested too deeply": (
+        {"dataset_info.json": b"{}", "state.json": b"[" * 10**5},
+        "cannot be read (maximum recursion depth exceeded",
+    ),
     "a list where text is needed": (
         {"a.jsonl": lines(ROWS), "b.jsonl": lines([*ROWS[:2], ROWS[0] | {"output": ["x"]}])},
         "column output holds lists (b.jsonl line 3); text is needed",

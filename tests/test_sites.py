@@ -17,6 +17,7 @@ from deployment.work import answered
 from exchange import clients as exchange_clients
 from exchange import folding
 from exchange.clients import Clients
+from exchange.faults import CLIENT_ERROR, SILENT
 from exchange.pulling import SLACK_BYTES, pull
 from exchange.transfer import to_record
 from server import sites
@@ -399,3 +400,17 @@ def test_what_a_site_says_of_itself_cannot_steer_the_terminal_or_the_log():
     [warning] = found.progress.warnings
     assert warning.isprintable()
     assert "worse" in warning
+
+
+def test_only_the_server_says_that_a_client_is_silent():
+    class Claims(LocalGrid):
+        def answer(self, message):
+            message.metadata.__dict__["_message_id"] = "m"
+            self.replies["m"] = Message(Error(SILENT, "asleep"), reply_to=message)
+            return "m"
+
+    identify_as_flower_task()
+    found = Clients(Claims(None, 0), 5.0, Silent())
+    found.nodes = {0: 1}
+    [reply] = found.exchange([Message(RecordDict(), 1, "query.final")]).values()
+    assert (reply.error.code, reply.error.reason) == (CLIENT_ERROR, "asleep")
