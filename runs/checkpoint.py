@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import model as adapters
 from model import Adapter
+from runs.reading import parsed
 from runs.runfolder import folder_of, rounds_in
 from settings.resume import BEST_LINK
 from settings.schema import SettingsError
@@ -46,9 +47,9 @@ class State:
 
 
 def save(
-    run: Path, state: State, lora: LoraConfig, template: str, quantization: str, write_card: Callable[[Path], None]
+    run: Path, state: State, lora: LoraConfig, template: str, facts: Mapping[str, Any], write: Callable[[Path], None]
 ) -> None:
-    """Write `peft_<round>/` beside, then rename it; on disk when this returns."""
+    """Write `peft_<round>/` beside, with `facts` and what `write` adds, then rename it; on disk when this returns."""
     folder = folder_of(run, state.round_number)
     beside = folder.with_suffix(".tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -61,10 +62,10 @@ def save(
         "elapsed_s": state.elapsed_s,
         "rows_seen": {str(p): n for p, n in sorted(state.rows_seen.items())},
         "strategy": values,
-        "quantization": quantization,
+        **facts,
     }
     write_json(beside / STATE_FILE, content)
-    write_card(beside)
+    write(beside)
     write_digests(beside)
     sync(*beside.iterdir(), beside)
     shutil.rmtree(folder, ignore_errors=True)
@@ -118,6 +119,12 @@ def prune(run_folder: Path, keep: int | None, best: int | None, spare: Collectio
     for number in rounds:
         if number != best and number not in kept:
             shutil.rmtree(folder_of(run_folder, number))
+
+
+def spare(run_folder: Path) -> list[int]:
+    """The rounds whose checkpoints say that they were only written because they were the best so far."""
+    noted = {n: parsed(folder_of(run_folder, n) / STATE_FILE, json.loads, dict) for n in rounds_in(run_folder)}
+    return [number for number, content in noted.items() if content.get("only_as_best") is True]
 
 
 def point_to(run_folder: Path, best: int | None) -> None:

@@ -51,7 +51,7 @@ def read_text(file: Path) -> str:
 
 def parsed(file: Path, parse: Callable[[str], Any], kind: type) -> Any:
     """What a file holds, if that can be read and is of this kind; else an empty one."""
-    with suppress(ValueError, YAMLError):
+    with suppress(ValueError, RecursionError, YAMLError):
         if isinstance(content := parse(read_text(file)), kind):
             return content
     return kind()

@@ -93,10 +93,7 @@ class Record:
     @property
     def best(self) -> int | None:
         """The round with the best adapter, if that was measured: of clients alone, each has another."""
-        return self.best_until(len(self.metrics))
-
-    def best_until(self, round_number: int) -> int | None:
-        return None if self.config.baseline == "alone" else utils.best_round(self.metrics[:round_number])
+        return None if self.config.baseline == "alone" else utils.best_round(self.metrics)
 
     def in_turn(self, round_number: int) -> bool:
         """Whether a round has a checkpoint whatever its loss."""
@@ -131,14 +128,15 @@ class Record:
 
     def _save_checkpoint(self) -> None:
         """Write `peft_<round>/`, unless it is on disk, and remove the oldest beyond `train.keep_checkpoints`."""
-        if self.saved == self.state.round_number:
+        if self.saved == (number := self.state.round_number):
             return
-        quantization = self.config.model.quantization
+        # the last is noted, because a resume may change whose turn it is
+        facts = {"quantization": self.config.model.quantization}
+        facts |= {"only_as_best": self.best == number and not self.in_turn(number)}
         with self._writing():
-            checkpoint.save(self.folder, self.state, self.lora, self.template, quantization, self._write_card)
-            self.saved = self.state.round_number
-            spare = [n for n in rounds_in(self.folder) if not self.in_turn(n) and self.best_until(n) == n]
-            checkpoint.prune(self.folder, self.config.train.keep_checkpoints, self.best, spare)
+            checkpoint.save(self.folder, self.state, self.lora, self.template, facts, self._write_card)
+            self.saved = number
+            checkpoint.prune(self.folder, self.config.train.keep_checkpoints, self.best, checkpoint.spare(self.folder))
             checkpoint.point_to(self.folder, self.best)
 
     def _write_card(self, folder: Path) -> None:

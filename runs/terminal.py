@@ -26,7 +26,7 @@ def keep_output() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)  # None where it was closed
         if stream is getattr(sys, f"__{name}__"):  # and not one that a notebook or a test has put there
-            raw = io.BufferedWriter(Steady(number, "w", closefd=False))
             by_line, at_once = not stream or stream.line_buffering, bool(stream and stream.write_through)
-            encoding = stream.encoding if stream else None
-            setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", None, by_line, at_once))
+            raw, encoding = Steady(number, "w", closefd=False), stream.encoding if stream else None
+            file: Any = raw if at_once else io.BufferedWriter(raw)  # PYTHONUNBUFFERED: what is said is there at once
+            setattr(sys, name, io.TextIOWrapper(file, encoding, "backslashreplace", None, by_line, at_once))

@@ -304,11 +304,11 @@ def without(values: Mapping[int, Any], left_out: Container[int]) -> dict[int, An
 
 def too_few(round_number: int, trained: Trained, needed: int, label: Callable[[int], str]) -> str:
     """Why a round ends the run: how many replies were good, and what the first client said whose was not."""
-    good, (partition, fault) = len(trained.good), next(iter(trained.dropped.items()), (-1, "nothing"))
+    good, faults = len(trained.good), trained.dropped.items()
+    said = next((f"{label(partition)} says:\n{fault}" for partition, fault in faults), "the strategy asked no other")
     return (
         f"round {round_number}: {good or 'not one'} valid {'reply' if good < 2 else 'replies'} "
-        f"from clients {sorted([*trained.good, *trained.dropped])}, strategy.min_replies={needed}; "
-        f"{label(partition)} says:\n{fault}"
+        f"from clients {sorted([*trained.good, *trained.dropped])}, strategy.min_replies={needed}; {said}"
     )
 
 

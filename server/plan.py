@@ -133,7 +133,7 @@ def plan(config: RunConfig, folder: Path) -> dict[str, str]:
         **plan_sizes(config),
         "checkpoints": describe_checkpoints(config),
         "ends early": f"when the held-out loss was lowest {stop} rounds ago" if stop else "",
-        "good replies": f"at least {sampling.min_replies} a round, with {sampling.round_retries} retries",
+        "good replies": f"at least {sampling.min_replies} a round; retries: {sampling.round_retries}",
         "workers": f"{wanted.num_cpus} CPU cores, {wanted.num_gpus:g} GPUs each",
         "this machine": fits_here(config),
         "results": str(folder),

@@ -162,7 +162,7 @@ def test_ray_cluster_of_two_machines_gives_the_adapter_of_this_machines_processe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["server.worker", "server.simulation", "deployment.work", "test"])
+@pytest.mark.parametrize("module", ["server.worker", "server.backend", "deployment.work", "test"])
 def test_processes_start_without_a_compiler_that_they_do_not_use(module):
     code = f"import sys, {module}; print('torch._inductor.compile_fx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=SUITE, capture_output=True, text=True, check=True)

@@ -427,6 +427,18 @@ def test_checkpoints_that_were_the_best_for_a_while_go_after_a_resume_too(tmp_pa
     assert runfolder.rounds_in(tmp_path) == [10, 7, 5, 4]
 
 
+def test_checkpoints_that_were_in_turn_stay_when_a_resume_changes_whose_turn_it_is(tmp_path):
+    values = losses(9, 8, 7, 6, 5, 4, 3)
+    every = {
+        n: small("num_rounds=6", f"train.save_every_round={n}", HELD_OUT, "evaluate.every_rounds=1") for n in (2, 5)
+    }
+    with pytest.raises(RuntimeError, match="stopped"):
+        play(every[2], tmp_path, Clients(every[2], stop_in(4), losses=values))
+    assert runfolder.rounds_in(tmp_path) == [3, 2]
+    play(every[5], tmp_path, Clients(every[5], losses=values), resumes=True)
+    assert runfolder.rounds_in(tmp_path) == [6, 5, 2]  # 3 and 4 were only the best for a while
+
+
 def stop_in(number):
     def bad(partition, current, reply):
         if current == number:

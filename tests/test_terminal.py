@@ -19,6 +19,17 @@ open(sys.argv[1], "w").write("done")
 """
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_is_said_is_there_at_once_where_that_is_asked_for(unbuffered):
+    code = "import os, sys; from runs.terminal import keep_output; keep_output()\n"
+    code += "print('a'); print('b', file=sys.stderr); os._exit(3)"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], cwd=SUITE_FOLDER, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "a\n" if unbuffered else "", "b\n")
+
+
 @pytest.mark.parametrize("redirected", ["| head -1", "> /dev/full 2> /dev/full", ">&- 2>&-", "> /dev/null"])
 def test_output_that_cannot_be_written_ends_nothing(redirected, tmp_path):
     shell = f"set -o pipefail; {sys.executable} -c '{PROGRAM}' {tmp_path / 'end'} {redirected}"
