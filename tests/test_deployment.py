@@ -31,6 +31,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.cli.build import build_fab_from_disk
+from flwr.cli.config_utils import load_and_validate
 from flwr.common.serde import user_config_from_proto
 
 import app
@@ -73,6 +74,10 @@ POLLING_S = 4.0  # the node asks for messages, and the server for replies
 # --- what a node accepts, and what the launchers refuse -------------------------------------------
 
 PRIVATE = {"partition-id": 0}
+
+
+def test_flower_finds_the_apps_that_the_project_names():
+    load_and_validate(SUITE_FOLDER / "pyproject.toml")  # as `flwr run` and `flwr build` do; raises ValueError
 
 
 @pytest.mark.slow
