@@ -135,7 +135,7 @@ class Naive:
 
     def __init__(self, config: RunConfig, worker: Worker) -> None:
         self.config, self.worker = config, worker
-        self.padded = self.tokens = 0
+        self.batches: list[tuple[int, int]] = []  # tokens of each, without and with padding
 
     def round(self, number: int, client: int) -> dict[str, int]:
         config, arguments = self.config, self.config.train.training_arguments
@@ -147,7 +147,7 @@ class Naive:
         )
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config.model.lora))
-        self.padded = self.tokens = 0
+        self.batches = []
         with tempfile.TemporaryDirectory() as folder:
             trainer = SFTTrainer(
                 model=model,
@@ -169,13 +169,13 @@ class Naive:
                 ),
             )  # fmt: skip
             trainer.train()
-        return {"tokens": self.tokens, "padded": self.padded}
+        tokens, padded = map(sum, zip(*self.batches[: arguments["max_steps"]], strict=True))  # one more was prefetched
+        return {"tokens": tokens, "padded": padded}
 
     def collate(self, rows: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
         """A batch padded to its longest row, with an attention mask."""
         longest = max(len(row["input_ids"]) for row in rows)
-        self.padded += longest * len(rows)
-        self.tokens += sum(len(row["input_ids"]) for row in rows)
+        self.batches.append((sum(len(row["input_ids"]) for row in rows), longest * len(rows)))
         batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for row in rows:
             ids, missing = row["input_ids"], longest - len(row["input_ids"])
