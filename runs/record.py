@@ -130,9 +130,9 @@ class Record:
         """Write `peft_<round>/`, unless it is on disk, and remove the oldest beyond `train.keep_checkpoints`."""
         if self.saved == (number := self.state.round_number):
             return
-        # the last is noted, because a resume may change whose turn it is
-        facts = {"quantization": self.config.model.quantization}
-        facts |= {"only_as_best": self.best == number and not self.in_turn(number)}
+        # noted, because a resume may change whose turn it is
+        is_spare = self.best == number and not self.in_turn(number)
+        facts = {"quantization": self.config.model.quantization, "only_as_best": is_spare}
         with self._writing():
             checkpoint.save(self.folder, self.state, self.lora, self.template, facts, self._write_card)
             self.saved = number
