@@ -77,7 +77,8 @@ PRIVATE = {"partition-id": 0}
 
 
 def test_flower_finds_the_apps_that_the_project_names():
-    load_and_validate(SUITE_FOLDER / "pyproject.toml")  # as `flwr run` and `flwr build` do; raises ValueError
+    config, _ = load_and_validate(SUITE_FOLDER / "pyproject.toml")  # as `flwr run` and `flwr build` do
+    assert config["tool"]["flwr"]["app"]["components"] == {"serverapp": "app:server", "clientapp": "app:client"}
 
 
 @pytest.mark.slow
@@ -634,7 +635,11 @@ def test_certificates_may_have_comments_in_any_language(tmp_path):
     certificates.make(tmp_path, ["localhost"], [])
     file = tmp_path / "ca.pem"
     file.write_text("# Zürich\n" + file.read_text(), encoding="utf-8")
-    submission.Run(argparse.Namespace(superlink="127.0.0.1:1", insecure=False, root_certificates=file))
+    options = argparse.Namespace(superlink="127.0.0.1:1", insecure=False, root_certificates=file)
+    assert submission.Run(options).id == 0, "none was started"
+    _, insecure, sent = connection.client_of(SimpleNamespace(from_server_address=lambda *given: given[:3]), options)
+    assert not insecure
+    assert sent.decode("ascii").splitlines()[1:] == (file.read_text("utf-8")).splitlines()[1:]
 
 
 # --- the engine, for real -------------------------------------------------------------------------
