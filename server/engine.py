@@ -151,7 +151,9 @@ class RayThread(threading.Thread):
                 self.ready.set_result(None)
                 with patch.object(ray._private.worker, "print_to_stdstream", to_log):  # else it speaks to the terminal
                     self.closing.wait()
-                ray.shutdown()
+                kill = ray._private.node.Node.kill_all_processes  # at once: they do not listen to anything else
+                with patch.object(ray._private.node.Node, "kill_all_processes", lambda node, **_: kill(node, False)):
+                    ray.shutdown()
         except BaseException as error:  # whoever waits must learn of it
             if self.ready.done():
                 log.exception("Ray")

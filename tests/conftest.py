@@ -1,6 +1,7 @@
 """A federation without an engine: the real server and the real client handlers in one process."""
 
 import atexit
+import copy
 import functools
 import gc
 import itertools
@@ -12,8 +13,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import absl.logging
 import numpy as np
@@ -22,6 +24,8 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 
 import client
 import main
@@ -41,6 +45,31 @@ from utils import SUITE_FOLDER, file_sha256, read_json_lines, seed_of
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 torch.set_num_threads(1)  # test processes share the cores, and threads that wait for others would spin on them
+
+
+def once(owner: type, name: str, key: Callable) -> None:
+    """Let a method do its work once for each `key` of its arguments; every call gets a copy of its own."""
+    made, method = {}, getattr(owner, name)
+
+    def remembered(*arguments, **options):
+        if (wanted := key(*arguments, **options)) not in made:
+            made[wanted] = method(*arguments, **options)
+        return copy.deepcopy(made[wanted])
+
+    setattr(owner, name, remembered)
+
+
+def places(repository: Any) -> tuple[str, ...]:
+    return tuple(source.path for source in repository.get_sources())
+
+
+# Hydra reads and merges twenty files for every command line, which would take a third of the suite's time
+once(ConfigRepository, "load_config", lambda repository, config_path: (places(repository), config_path))
+once(
+    ConfigLoaderImpl,
+    "_compose_config_from_defaults_list",
+    lambda _, defaults, repo: (places(repo), repr(defaults)),
+)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -511,11 +511,22 @@ def test_node_without_a_superlink_gets_one_clear_line(monkeypatch, capsys):
         (["flower-server-app", "app:server", "--superlink=nowhere"], "use HOST:PORT"),
     ],
 )
-def test_wrong_launcher_arguments_get_one_clear_line(arguments, expected):
-    done = launch(str(BIN / arguments[0]), *arguments[1:])
-    assert done.returncode == (1 if "no SuperLink answers" in expected else 2)
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert expected in done.stderr
+def test_wrong_launcher_arguments_get_one_clear_line(arguments, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(launchers.signal, "signal", lambda *_: None)
+    command = {"flower-client-app": launchers.client_command, "flower-server-app": launchers.server_command}
+    assert command[arguments[0]]() == (launchers.FAILED if "no SuperLink answers" in expected else launchers.WRONG)
+    [line] = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+@pytest.mark.parametrize("command", ["flower-client-app", "flower-server-app"])
+def test_launchers_are_installed_as_commands(command):
+    done = launch(str(BIN / command), "app:nobody")
+    assert done.returncode == launchers.WRONG
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "use app:" in line
 
 
 def test_certificates_are_made_once_whole_or_not_at_all_and_keys_are_private(tmp_path):
