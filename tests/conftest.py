@@ -35,7 +35,7 @@ from data.templates import TEMPLATE_FOLDER
 from exchange.guard import REPORT
 from exchange.transfer import decode, encode, to_record
 from machine import gpus
-from runs import compare, stopping
+from runs import card, compare, record, stopping
 from server.federation import Federation
 from settings.compose import compose
 from settings.schema import RunConfig
@@ -86,6 +86,18 @@ def same_gpus_for_every_test() -> Iterator[None]:
     os.environ.pop(gpus.VARIABLE, None)
     if before is not None:
         os.environ[gpus.VARIABLE] = before
+
+
+@pytest.fixture
+def pictures() -> None:
+    """For tests that look at a run's picture: it is drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run draws its losses for every checkpoint, which takes longer than a small round."""
+    for module in (card, record) if "pictures" not in request.fixturenames else ():
+        monkeypatch.setattr(module, "plot_loss", lambda metrics, path, title: path.write_bytes(b""))
 
 
 def pytest_collection_finish() -> None:

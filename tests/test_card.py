@@ -38,7 +38,7 @@ def card_of(folder, *settings, metrics=METRICS, own_data=False):
     return ModelCard.load(folder / "README.md")
 
 
-def test_card_of_published_names_has_what_the_hub_reads(tmp_path):
+def test_card_of_published_names_has_what_the_hub_reads(tmp_path, pictures):
     settings = ["model.name=openlm-research/open_llama_3b_v2", "dataset.name=vicgalle/alpaca-gpt4"]
     card = card_of(tmp_path, *settings, "model.quantization=4")
     data = card.data.to_dict()
