@@ -25,7 +25,7 @@ from learning import answering, tuned
 from learning.evaluation import generate, held_out, losses_on, prompt_of, score
 from runs.runfolder import find_checkpoint
 from settings.schema import RunError, SettingsError
-from tests.conftest import conversations, small
+from tests.federation import conversations, small
 from utils import SUITE_FOLDER, read_json_lines
 
 ALPACA = dataset.find_template("alpaca").read_text()

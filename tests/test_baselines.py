@@ -14,7 +14,7 @@ from learning.training import Task
 from runs import baselines
 from runs.reading import find_runs
 from settings.schema import SettingsError
-from tests.conftest import Clients, call_main, play, run_locally, small
+from tests.federation import Clients, call_main, play, run_locally, small
 from tests.test_client import start
 from tests.test_compare import make_run
 from utils import cosine_learning_rate, write_json

@@ -12,7 +12,7 @@ import torch
 import model as adapters
 from benchmarks import gpu, round_time, workload
 from client import Worker
-from tests.conftest import small
+from tests.federation import small
 from utils import SUITE_FOLDER
 
 WITHOUT_FLOWER = """

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 import model as adapters
 from runs.card import write_card
 from runs.runfolder import find_checkpoint
-from tests.conftest import small
+from tests.federation import small
 from utils import SUITE_FOLDER
 
 METRICS = [

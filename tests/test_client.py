@@ -12,7 +12,7 @@ from client import Task, Worker, fine_tune
 from dataset import IGNORED
 from learning import training
 from learning.evaluation import losses_on
-from tests.conftest import often, small
+from tests.federation import often, small
 from tests.test_model import weights_digest
 
 NO_DROPOUT = "model.lora.lora_dropout=0.0"

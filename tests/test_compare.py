@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from runs import compare, reading
 from settings.resume import resumed_sweep
 from settings.schema import SettingsError
-from tests.conftest import call_main, children, wait_for_end
+from tests.federation import call_main, children, wait_for_end
 from utils import append_json_line, read_json_lines, write_json
 
 SUITE = Path(__file__).parent.parent

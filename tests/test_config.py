@@ -19,7 +19,7 @@ from server import engine, plan
 from settings.compose import compose
 from settings.overrides import canonical, parsed, to_type
 from settings.schema import CONFIG_FOLDER, SamplingConfig, SettingsError
-from tests.conftest import call_main, often, small
+from tests.federation import call_main, often, small
 
 SUITE = Path(__file__).parent.parent
 OPEN_LLAMA_3B = "model.name=openlm-research/open_llama_3b_v2"

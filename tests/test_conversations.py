@@ -12,7 +12,7 @@ from data.forms import Conversation
 from data.templates import own_template
 from data.tokens import IGNORED, Refused, encode_row, encoded
 from settings.schema import SettingsError
-from tests.conftest import run_locally, small
+from tests.federation import run_locally, small
 from tests.hub.repositories import build
 from tests.test_rows import as_json, config_of, lines
 from utils import local_path

@@ -27,8 +27,8 @@ from learning.training import Task
 from machine import gpus
 from server.backend import simulated_grid
 from settings.schema import EvaluateConfig, RunError
-from tests.conftest import LocalGrid, children, make_federation, run_locally, small
 from tests.faults import breaks_once
+from tests.federation import LocalGrid, children, make_federation, run_locally, small
 from tests.test_engine import ask
 from utils import SUITE_FOLDER, read_json_lines
 

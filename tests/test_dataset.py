@@ -11,7 +11,7 @@ from data.tokens import fit
 from dataset import IGNORED
 from settings.compose import compose
 from settings.schema import SettingsError
-from tests.conftest import conversations, small
+from tests.federation import conversations, small
 from utils import local_path
 
 ALPACA = dataset.find_template("alpaca").read_text()

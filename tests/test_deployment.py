@@ -48,7 +48,7 @@ from learning.evaluation import HeldOut
 from settings.compose import compose
 from settings.policy import check_adapter, read_policy
 from settings.schema import RunError, SettingsError
-from tests.conftest import children, identify_as_flower_task
+from tests.federation import children, identify_as_flower_task
 from tests.test_house import modules
 from utils import SUITE_FOLDER, file_sha256, printable, read_json_lines
 
@@ -1243,7 +1243,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from settings.compose import compose
 from exchange.guard import REPORT
 from server.federation import Federation
-from tests.conftest import LocalGrid, Silent, identify_as_flower_task
+from tests.federation import LocalGrid, Silent, identify_as_flower_task
 from utils import read_json_lines
 
 identify_as_flower_task()

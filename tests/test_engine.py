@@ -17,7 +17,7 @@ from exchange import clients
 from server import backend, engine
 from server.backend import ResidentBackend, simulated_grid
 from settings.schema import ClientResources, SettingsError
-from tests.conftest import Silent, children, small, wait_for_end
+from tests.federation import Silent, children, small, wait_for_end
 from utils import read_json_lines
 
 SUITE = Path(__file__).parent.parent

@@ -29,7 +29,7 @@ from server import federation as strategy
 from server.plan import check_inputs, traffic
 from settings.resume import read_settings
 from settings.schema import RunError, SettingsError
-from tests.conftest import Clients, LocalGrid, make_federation, outcome, play, run_locally, small
+from tests.federation import Clients, LocalGrid, make_federation, outcome, play, run_locally, small
 from tests.test_client import start
 from utils import read_json_lines
 

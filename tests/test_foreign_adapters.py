@@ -15,7 +15,7 @@ import test as cli
 from learning import answering, merging, tuned
 from runs.runfolder import find_checkpoint
 from settings.schema import SettingsError
-from tests.conftest import small
+from tests.federation import small
 from tests.hub.repositories import build
 from utils import SUITE_FOLDER, write_digests
 

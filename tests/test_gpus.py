@@ -21,8 +21,8 @@ from server import engine, plan
 from server.backend import simulated_grid
 from settings.compose import compose
 from settings.schema import ClientResources, SettingsError
-from tests.conftest import small
 from tests.faults import breaks_once
+from tests.federation import small
 from tests.test_engine import ask
 from utils import SUITE_FOLDER
 

@@ -7,7 +7,7 @@ from data.files import data_files
 from hub import models as hub
 from settings.compose import compose
 from settings.schema import DatasetConfig, SettingsError
-from tests.conftest import often, run_locally, small
+from tests.federation import often, run_locally, small
 from tests.hub.repositories import build
 from tests.hub.server import LocalHub
 

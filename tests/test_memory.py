@@ -15,7 +15,7 @@ from learning.training import Task
 from machine import gpus
 from settings.compose import compose
 from settings.schema import SettingsError
-from tests.conftest import small
+from tests.federation import small
 from tests.test_client import start
 from tests.test_model import OPEN_LLAMA
 

@@ -15,7 +15,7 @@ import model as adapters
 from server import plan
 from settings.compose import compose
 from settings.schema import SettingsError
-from tests.conftest import small
+from tests.federation import small
 
 OPEN_LLAMA = {  # name: shapes, bytes of the float32 adapter with r=32 on q_proj and v_proj
     "3b": (dict(hidden_size=3200, num_hidden_layers=26, intermediate_size=8640, num_attention_heads=32), 42_598_400),

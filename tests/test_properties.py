@@ -20,7 +20,7 @@ from model import read_tokenizer
 from server import plan
 from settings.compose import checked, one_line
 from settings.schema import CONFIG_FOLDER, DatasetConfig, SettingsError, setting_names
-from tests.conftest import conversations, small
+from tests.federation import conversations, small
 
 OFTEN = [100, pytest.param(2000, marks=pytest.mark.slow)]
 FEW = [100, pytest.param(2000, marks=pytest.mark.slow)]

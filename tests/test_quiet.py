@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from tests.conftest import run_locally, small
+from tests.federation import run_locally, small
 from utils import quiet_transformers
 
 MOST = 40  # lines of a run of one round with two clients: settings, clients, warnings of libraries, the round itself

@@ -34,7 +34,7 @@ from settings.compose import compose
 from settings.overrides import parsed, to_type
 from settings.resume import resumed_sweep
 from settings.schema import RunError, SettingsError
-from tests.conftest import (
+from tests.federation import (
     SMALL,
     Clients,
     LocalGrid,

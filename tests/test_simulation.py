@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import call_main
+from tests.federation import call_main
 from utils import read_json_lines
 
 SUITE = Path(__file__).parent.parent

@@ -23,7 +23,7 @@ from exchange.transfer import to_record
 from server import sites
 from settings.compose import compose
 from settings.schema import RunError
-from tests.conftest import SMALL, LocalGrid, Silent, identify_as_flower_task, make_federation
+from tests.federation import SMALL, LocalGrid, Silent, identify_as_flower_task, make_federation
 from utils import file_sha256, read_json_lines
 
 OVERRIDES = [

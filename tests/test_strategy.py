@@ -14,7 +14,7 @@ from exchange.guard import REPORT, check_reply
 from server.sampling import sample
 from server.strategies import make_strategy
 from settings.schema import RunError
-from tests.conftest import Clients, LocalGrid, identify_as_flower_task, make_federation, run_locally, small
+from tests.federation import Clients, LocalGrid, identify_as_flower_task, make_federation, run_locally, small
 from utils import cosine_learning_rate, read_json_lines
 
 STRATEGIES = ["fedavg", "fedprox", "fedavgm", "fedadam", "fedmedian"]

@@ -12,7 +12,7 @@ from client import Site, client_app
 from exchange import transfer
 from exchange.transfer import to_record
 from settings.schema import RunError
-from tests.conftest import LocalGrid, make_federation, often, run_locally, small
+from tests.federation import LocalGrid, make_federation, often, run_locally, small
 from tests.test_strategy import Sabotage
 
 

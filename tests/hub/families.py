@@ -50,7 +50,7 @@ MERGED_WITHIN = 1e-4  # of float32 logits
 
 def tried(family: str, folder: Path) -> dict[str, Any]:
     """What became of a family; raises if any step fails. The Hub has to be in this process's environment."""
-    from tests.conftest import call_main
+    from tests.federation import call_main
 
     name, template = FAMILIES[family]
     place = folder / name.replace("/", "--")
