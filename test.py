@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from machine import gpus
 from runs.runfolder import find_checkpoint
 from settings.schema import RunError, SettingsError
-from utils import DIGESTS_FILE, quiet_transformers, send_nothing_home, shortened
+from utils import DIGESTS_FILE, quick_imports, quiet_transformers, send_nothing_home, shortened
 
 MODES = ("question", "chat", "questions", "evaluate", "tasks", "merge")
 LEAST_TEMPERATURE = 0.001  # logits divided by much less are no numbers any more
@@ -251,9 +251,9 @@ def run(options: argparse.Namespace) -> None:
 def start(checkpoint: Path, options: argparse.Namespace) -> None:
     if options.merge:
         gpus.show([])  # a sum of weights is taken where there is room for them
-    # the model libraries take seconds: what can be checked without them is checked first
-    from learning.answering import Answerer, answer_all, ask, chat, evaluate
-    from learning.merging import merge
+    with quick_imports():  # the model libraries take seconds: what can be checked without them is checked first
+        from learning.answering import Answerer, answer_all, ask, chat, evaluate
+        from learning.merging import merge
 
     quiet_transformers()
     modes = {"question": ask, "chat": chat, "questions": answer_all, "evaluate": evaluate, "merge": merge}

@@ -105,6 +105,7 @@ def quick_imports() -> Iterator[None]:
     """Imports here take two thirds of the time: without garbage collection, after which what they made is left alone,
     and without what is slow to find and not used: SciPy (transformers' losses of other tasks), and where packages come
     from (trl)."""
+    before = len(sys.modules)
     gc.disable()
     sys.modules.setdefault("scipy", cast(Any, None))
     try:
@@ -114,7 +115,8 @@ def quick_imports() -> Iterator[None]:
         if sys.modules.get("scipy", quick_imports) is None:
             del sys.modules["scipy"]
         gc.enable()
-        gc.freeze()
+        if len(sys.modules) > before:
+            gc.freeze()
 
 
 def send_nothing_home() -> None:

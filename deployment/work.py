@@ -18,7 +18,7 @@ from deployment.resident import Answer
 from exchange.faults import failure_of
 from exchange.folding import folded, unfolded
 from machine import gpus
-from utils import SUITE_FOLDER, quiet_libraries
+from utils import SUITE_FOLDER, quick_imports, quiet_libraries
 
 PRIVATE_FOLDER = "FLOWERTUNE_PRIVATE"  # in the environment: what a node's rows become on disk, for its user alone
 OWN_PATHS = ("dataset", "eval", "model", "cache", "keep", "policy")  # of a node's config
@@ -31,7 +31,8 @@ def answered(name: str, overrides: str, node: Mapping[str, Any], content: Any) -
     """
     try:
         place = place_of(overrides, tuple(sorted(node.items())))
-        from deployment.handlers import HANDLERS
+        with quick_imports():
+            from deployment.handlers import HANDLERS
 
         quiet_libraries()
         content = unfolded(content) if content else content

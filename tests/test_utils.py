@@ -1,8 +1,14 @@
 """Small helpers, against hand arithmetic."""
 
+import gc
+import importlib.metadata
 import json
 import os
+import sys
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -107,3 +113,20 @@ def test_path_that_leads_back_into_the_suite_is_not_one_that_it_ships(tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert utils.local_path("quickstart/model")
     assert utils.local_path(f"../{utils.SUITE_FOLDER.name}/quickstart/model") is None
+
+
+def test_quick_imports_hide_what_is_slow_and_bring_it_back_whatever_happens(monkeypatch):
+    monkeypatch.delitem(sys.modules, "scipy", raising=False)
+    installed, look = find_spec("scipy"), importlib.metadata.packages_distributions
+    with suppress(ZeroDivisionError), utils.quick_imports():
+        assert find_spec("scipy") is None
+        assert importlib.metadata.packages_distributions()["of-nobody"] == ["of-nobody"]
+        assert not gc.isenabled()
+        raise ZeroDivisionError
+    assert find_spec("scipy") == installed
+    assert importlib.metadata.packages_distributions is look
+    assert gc.isenabled()
+    monkeypatch.setitem(sys.modules, "scipy", known := ModuleType("scipy"))
+    with utils.quick_imports():
+        assert sys.modules["scipy"] is known
+    assert sys.modules["scipy"] is known
