@@ -13,6 +13,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from exchange.kinds import client_app
 from machine import gpus
 from runs import runfolder
 from settings.compose import compose
@@ -70,13 +71,7 @@ def run_folder(below: Path, resume: str | None) -> Path:
 
 def make_client(partition_id: int | None = None) -> ClientApp:
     """A ClientApp for a plain `flower-supernode`; without `partition_id` it has the one in the node's config."""
-    app = ClientApp()
-    app.query()(partial(answer, "describe", partition_id))
-    app.query("initial_adapter")(partial(answer, "initial", partition_id))
-    app.query("final")(partial(answer, "final", partition_id))
-    app.train()(partial(answer, "train", partition_id))
-    app.evaluate()(partial(answer, "evaluate", partition_id))
-    return app
+    return client_app(lambda name: partial(answer, name, partition_id))
 
 
 def answer(name: str, partition_id: int | None, message: Message, context: Context) -> Message:

@@ -28,7 +28,7 @@ from flwr.clientapp import ClientApp
 import dataset
 import model as adapters
 from dataset import NO_ANSWER, Partition, Rows, fresh_rows
-from exchange import transfer
+from exchange import kinds, transfer
 from exchange.faults import WORKER_DIED, failure_of
 from exchange.scores import Scores, figures
 from exchange.transfer import to_record
@@ -257,12 +257,7 @@ class Site:
 
 def client_app(site: Site) -> ClientApp:
     """A ClientApp for `site`. Its handlers are importable functions, so that a Ray worker's caches hold."""
-    app = ClientApp()
-    app.query()(functools.partial(answer, "describe", site))
-    app.query("initial_adapter")(functools.partial(answer, "initial", site))
-    app.train()(functools.partial(answer, "train", site))
-    app.evaluate()(functools.partial(answer, "evaluate", site))
-    return app
+    return kinds.client_app(lambda name: functools.partial(answer, name, site))
 
 
 def answer(name: str, site: Site, message: Message, context: Context) -> Message:

@@ -93,26 +93,36 @@ def generator(*key: str | int) -> np.random.Generator:
     return np.random.default_rng(seed_of(*key))
 
 
+all_distributions = functools.cache(importlib.metadata.packages_distributions)
+
+
 class OwnNames(dict[str, list[str]]):
-    """Which distributions each package comes from, without a look at all that is installed: one of its own name."""
+    """Which distributions each package comes from.
+
+    `names[package]`, as trl asks, is one of the package's own name, without a look at all that is installed. `get`
+    looks: transformers keeps these names as long as the process lives, and asks them which FlashAttention there is.
+    """
 
     def __missing__(self, package: str) -> list[str]:
         return [package]
 
+    def get(self, package: str, default: Any = None) -> Any:
+        return all_distributions().get(package, default)
+
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Imports here take two thirds of the time: without garbage collection, after which what they made is left alone,
-    and without what is slow to find and not used: SciPy (transformers' losses of other tasks), and where packages come
-    from (trl)."""
-    before = len(sys.modules)
+    """Imports here take two thirds of the time. They do without garbage collection, and what they made is left out of
+    later ones. They do without SciPy, which transformers imports for losses of other tasks, and without trl's look at
+    all installed packages: both are slow, and neither is used."""
+    before, hides = len(sys.modules), "scipy" not in sys.modules  # not if a call around this one does
     gc.disable()
     sys.modules.setdefault("scipy", cast(Any, None))
     try:
         with patch.object(importlib.metadata, "packages_distributions", OwnNames):
             yield
     finally:
-        if sys.modules.get("scipy", quick_imports) is None:
+        if hides and sys.modules.get("scipy", quick_imports) is None:
             del sys.modules["scipy"]
         gc.enable()
         if len(sys.modules) > before:

@@ -14,6 +14,7 @@ from flwr.supercore.run import Run
 from deployment import bundle
 from deployment.link import Link, NotAccepted, Refused, RunOver, Task
 from deployment.resident import Answer, Died, GivenUp, ResidentWorker
+from exchange.kinds import HANDLERS
 from exchange.pulling import TooLarge
 from settings.policy import Policy
 from utils import bytes_text, printable
@@ -22,13 +23,6 @@ log = logging.getLogger("node")
 
 BUSY_POLL_S, IDLE_POLL_S, BUSY_S = 0.5, 3.0, 120.0  # a node that had a message lately asks more often
 LOOK_S = 15.0  # between two looks at whether a silent run has ended
-HANDLERS = {  # by message type: the handler of deployment/work.py
-    "query": "describe",
-    "query.initial_adapter": "initial",
-    "query.final": "final",
-    "train": "train",
-    "evaluate": "evaluate",
-}
 SHOWN = ("rows", "train_loss", "eval_loss")
 OVERRIDES = "overrides"  # the one key of a run-config
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,7 @@ class Stopped(KeyboardInterrupt):
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TWICE_S = 1.0  # `timeout` and Slurm signal a process and its group: within this time that is one request
+AGAIN_S = 0.05
 first_s: float | None = None  # when the first signal came
 holding = 0  # blocks that let it wait
 waiting: list[int] = []
@@ -28,6 +31,7 @@ def listen() -> None:
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, stop)
+    sys.unraisablehook = once_more
 
 
 def stop(number: int, _frame: Any) -> None:
@@ -43,6 +47,16 @@ def stop(number: int, _frame: Any) -> None:
     waiting.append(number)
     with suppress(OSError):  # a reader that is gone
         os.write(2, b"\nstopping as soon as this round is on disk; once more stops at once\n")
+
+
+def once_more(lost: Any) -> None:
+    """Python drops what is raised in a callback, as of a lock of its imports: the signal is sent again after it."""
+    global first_s
+    if not isinstance(lost.exc_value, Stopped):
+        sys.__unraisablehook__(lost)
+        return
+    first_s = None
+    threading.Timer(AGAIN_S, os.kill, (os.getpid(), lost.exc_value.exit_code - 128)).start()
 
 
 @contextmanager

@@ -15,13 +15,15 @@ import socket
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
+
+import psutil
 
 from machine import gpus
 from runs.stopping import SIGNALS
@@ -30,7 +32,7 @@ from utils import SUITE_FOLDER
 
 log = logging.getLogger(__name__)
 
-LEAVE_S = 15.0
+LEAVE_S, MOST_LEAVE_S = 5.0, 15.0  # when the process ends, and when another Ray is to come
 RAY_COUNTS = 10_000  # parts of a GPU, rounded
 UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")  # processes: autoscaler, terminal, dashboard
 LONGEST_FOLDER = 40  # of Ray's: the paths of its sockets have 60 characters more, and may have 107
@@ -151,8 +153,10 @@ class RayThread(threading.Thread):
                 self.ready.set_result(None)
                 with patch.object(ray._private.worker, "print_to_stdstream", to_log):  # else it speaks to the terminal
                     self.closing.wait()
-                kill = ray._private.node.Node.kill_all_processes  # at once: they do not listen to anything else
-                with patch.object(ray._private.node.Node, "kill_all_processes", lambda node, **_: kill(node, False)):
+                kill = ray._private.node.Node.kill_all_processes
+                with patch.object(
+                    ray._private.node.Node, "kill_all_processes", lambda node, **_: kill_at_once(node, kill)
+                ):
                     ray.shutdown()
         except BaseException as error:  # whoever waits must learn of it
             if self.ready.done():
@@ -194,6 +198,23 @@ def seeing(ids: Sequence[str]) -> Iterator[None]:
         yield
 
 
+def kill_at_once(node: Any, kill: Callable[..., None]) -> None:
+    """End at once what this process started of Ray: nothing, if it joined a cluster.
+
+    Ray would send SIGTERM first, which is blocked in its processes (`RayThread.run`), and wait a second for each. If
+    only they were killed, the raylet's children would stay: agents look for the dead GCS for seconds, and idle workers
+    stay until somebody has waited for the raylet.
+    """
+    children: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        for raylet in node.all_processes.get("raylet", ()):
+            children += psutil.Process(raylet.process.pid).children(recursive=True)
+    kill(node, check_alive=False, wait=True)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
 def to_log(said: Mapping[str, Any], **_: Any) -> None:
     """What Ray has to say of its own, such as that a worker died."""
     log.info("%s", " ".join(said["lines"]))
@@ -208,7 +229,7 @@ def begin(config: RunConfig) -> RayThread:
     for old in _ray:
         if old.is_alive() and (old.address, old.resources, old.count) == (new.address, new.resources, new.count):
             return old
-    end()
+    end(MOST_LEAVE_S)
     os.environ.update(ENVIRONMENT if new.address else ENVIRONMENT | FOR_THIS_MACHINE)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SUITE_FOLDER), os.environ.get("PYTHONPATH")]))
     new.start()
@@ -216,11 +237,11 @@ def begin(config: RunConfig) -> RayThread:
     return new
 
 
-def end() -> None:
-    """End the Ray that `begin` started; its last processes leave within seconds."""
+def end(most_s: float = LEAVE_S) -> None:
+    """End the Ray that `begin` started, in `most_s` seconds; its last processes leave within seconds."""
     while _ray:
         _ray[-1].closing.set()
-        _ray.pop().join(LEAVE_S)  # it is a daemon: where Ray still starts, it ends with this process
+        _ray.pop().join(most_s)  # it is a daemon: where Ray still starts, it ends with this process
 
 
 def short_folder() -> str | None:

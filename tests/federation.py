@@ -244,7 +244,7 @@ def outcome(folder: Path) -> tuple:
 def call_main(*arguments: str) -> int:
     """`python main.py ARGUMENTS` in this process, which saves the seconds of its imports; returns the exit code."""
     handlers, argv, streams = logging.getLogger().handlers, sys.argv, (sys.stdout, sys.stderr)
-    signals = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    signals, hook = {number: signal.getsignal(number) for number in stopping.SIGNALS}, sys.unraisablehook
     sys.argv = ["main.py", *arguments]
     main.exit_codes.clear()
     compare.SweepReport.failed = False
@@ -252,6 +252,7 @@ def call_main(*arguments: str) -> int:
         return main.main()
     finally:
         sys.argv, logging.getLogger().handlers, (sys.stdout, sys.stderr) = argv, handlers, streams
+        sys.unraisablehook = hook
         for number, handler in signals.items():
             signal.signal(number, handler)
 

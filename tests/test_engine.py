@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,6 +131,18 @@ def test_worker_that_hangs_is_ended_and_replaced(tmp_path, monkeypatch):
         wait_for_end([old], 15)  # Ray asks it first, for 5 s
         made[0].timeout_s = 600.0
         assert [reply.has_error() for reply in ask(grid, nodes).values()] == [False, False]
+
+
+def test_end_of_ray_leaves_no_process_behind_and_touches_no_cluster():
+    with subprocess.Popen(["sh", "-c", "sleep 600 & echo; wait"], stdout=subprocess.PIPE) as raylet:
+        raylet.stdout.readline()
+        assert len(below := children(raylet.pid)) == 1
+        options = []
+        node = SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=raylet)]})
+        engine.kill_at_once(node, lambda _, **given: options.append(given) or raylet.kill() or raylet.wait())
+        wait_for_end([raylet.pid, *below], 10)
+    engine.kill_at_once(SimpleNamespace(all_processes={}), lambda _, **given: options.append(given))
+    assert options == [{"check_alive": False, "wait": True}] * 2
 
 
 def test_absent_ray_cluster_is_named():

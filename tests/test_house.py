@@ -24,7 +24,7 @@ MAY_IMPORT = {  # by file of the front, or room; lower ones first
     "test": ("learning", "runs", "machine", "settings", "utils"),
     "server": ("client", "learning", "runs", "exchange", "dataset", "model", "hub", "machine", "settings", "utils"),
     "deployment": ("client", "learning", "runs", "exchange", "dataset", "model", "machine", "settings", "utils"),
-    "app": ("deployment", "server", "runs", "dataset", "model", "machine", "settings", "utils"),
+    "app": ("deployment", "server", "runs", "exchange", "dataset", "model", "machine", "settings", "utils"),
     "main": ("server", "runs", "machine", "settings", "utils"),
 }
 ROOMS = sorted(name for name in MAY_IMPORT if f"{name}.py" not in FRONT)

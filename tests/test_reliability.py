@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from exchange.guard import outliers
 from exchange.transfer import to_record
 from learning import training
 from runs import checkpoint, runfolder, stopping
+from runs.stopping import SIGNALS
 from settings.compose import compose
 from settings.overrides import parsed, to_type
 from settings.resume import resumed_sweep
@@ -917,6 +920,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "main.py", *arguments], cwd=SUITE, env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whoever runs the tests may have ignored it
     )  # fmt: skip
 
 
@@ -948,6 +952,26 @@ def test_first_signal_keeps_the_last_whole_round_and_says_how_to_resume(number, 
     wait_for_end(workers)
     assert runfolder.rounds_in(tmp_path)[0] >= 2
     assert not (tmp_path / ".tokens").exists()
+
+
+@pytest.mark.slow
+def test_signal_at_any_moment_ends_a_run_in_8_seconds_and_leaves_no_process(tmp_path):
+    rng = random.Random()
+    for number in range(12):
+        run, moment, sent = (
+            start(*SHORT, f"hydra.run.dir={tmp_path / str(number)}"),
+            rng.uniform(1, 30),
+            rng.choice(SIGNALS),
+        )
+        time.sleep(moment)
+        tree, begun = children(run.pid), time.monotonic()
+        os.killpg(run.pid, sent)
+        output, _ = run.communicate(timeout=60)
+        told = f"{sent.name} after {moment:.1f} s: {output}"
+        assert run.returncode == 128 + sent, told
+        assert time.monotonic() - begun < 8, told
+        assert "Traceback" not in output, told
+        wait_for_end(tree, 10)
 
 
 @pytest.mark.slow
@@ -993,6 +1017,35 @@ def test_signal_waits_for_what_must_not_be_torn(monkeypatch):
         signal.signal(signal.SIGTERM, handler)
 
 
+def test_signal_that_comes_in_a_callback_is_not_lost(monkeypatch):
+    """Python drops what is raised there: Ctrl-C did nothing while a run was importing."""
+    handler, reached = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(stopping, "first_s", None)
+    monkeypatch.setattr(sys, "unraisablehook", stopping.once_more)
+    signal.signal(signal.SIGTERM, stopping.stop)
+    try:
+        with pytest.raises(stopping.Stopped) as stopped:
+            signal_in_a_callback(reached)
+        assert stopped.value.exit_code == 143
+        assert reached == ["dropped"]
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def signal_in_a_callback(reached: list) -> None:
+    def callback(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # in which the handler raises
+        reached.append("nothing was raised")
+
+    watched = ModuleType("watched")
+    reference = weakref.ref(watched, callback)
+    del watched
+    assert reference() is None
+    reached.append("dropped")
+    time.sleep(5)
+
+
 def hold_on(done: list) -> None:
     with stopping.held(), stopping.held():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -1028,14 +1081,20 @@ def test_run_killed_at_three_moments_ends_with_the_adapter_of_one_that_was_not(u
 
 
 @pytest.mark.slow
-def test_quickstart_killed_at_twenty_moments_ends_the_same_each_time(tmp_path):
+def test_run_killed_at_twenty_moments_ends_the_same_each_time(tmp_path):
+    measured = [
+        *SHORT,
+        "dataset.eval_name=quickstart/data/heldout.jsonl",
+        "evaluate.every_rounds=2",
+        "evaluate.answers=4",
+    ]
     begun = time.monotonic()
-    assert call_main("experiment=quickstart", f"hydra.run.dir={tmp_path / 'whole'}") == 0
+    assert call_main(*measured, f"hydra.run.dir={tmp_path / 'whole'}") == 0
     length = time.monotonic() - begun
     expected = json.loads((tmp_path / "whole" / "results.json").read_text())["adapter_sha256"]
     rng = random.Random(0)
     for number in range(20):
         moment = rng.uniform(0, length)
         folder = tmp_path / str(number)
-        assert killed_and_resumed(folder, ["experiment=quickstart"], [moment]) == expected, moment
+        assert killed_and_resumed(folder, measured, [moment]) == expected, moment
         print(f"killed after {moment:.1f} s: same adapter", flush=True)

@@ -12,12 +12,12 @@ from flwr.superlink.grid import HttpGrid
 from safetensors import SafetensorError
 
 import client
-from deployment.node import HANDLERS
 from deployment.work import answered
 from exchange import clients as exchange_clients
 from exchange import folding
 from exchange.clients import Clients
 from exchange.faults import CLIENT_ERROR, SILENT
+from exchange.kinds import HANDLERS
 from exchange.pulling import SLACK_BYTES, pull
 from exchange.transfer import to_record
 from server import sites

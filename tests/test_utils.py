@@ -48,6 +48,20 @@ def test_smoothing_hides_no_loss_that_is_no_number():
 
 
 @pytest.mark.parametrize(
+    ("losses", "held_out"),
+    [
+        ([1.0], {}),
+        ([float("nan")], {"global": {"loss": 1.0}}),
+        ([2.0, float("inf"), float("nan")], {"clients": {"loss": float("nan")}}),
+    ],
+)
+def test_picture_of_any_losses_is_drawn(tmp_path, losses, held_out):
+    metrics = [{"round": number, "train_loss": loss, "held_out": held_out} for number, loss in enumerate(losses, 1)]
+    plots.plot_loss(metrics, tmp_path / "a.png", "title")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
     ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1e3, "1.0 kB"), (67_108_864, "67.1 MB"), (2e12, "2.0 TB")]
 )
 def test_bytes_are_written_in_decimal_units(count, text):
@@ -126,6 +140,13 @@ def test_quick_imports_hide_what_is_slow_and_bring_it_back_whatever_happens(monk
     assert find_spec("scipy") == installed
     assert importlib.metadata.packages_distributions is look
     assert gc.isenabled()
+    with utils.quick_imports():
+        with utils.quick_imports():
+            names = importlib.metadata.packages_distributions()
+        assert find_spec("scipy") is None
+    assert find_spec("scipy") == installed
+    assert names.get("PIL") == ["pillow"]  # as transformers asks, maybe later
+    assert names.get("of-nobody", []) == []
     monkeypatch.setitem(sys.modules, "scipy", known := ModuleType("scipy"))
     with utils.quick_imports():
         assert sys.modules["scipy"] is known
