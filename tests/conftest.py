@@ -1,4 +1,4 @@
-"""What surrounds every test. Imports nothing heavy: with pytest-xdist a process reads it that runs no test."""
+"""What surrounds every test. Imports nothing heavy: pytest-xdist's own process, which runs no test, reads it too."""
 
 import gc
 import os
