@@ -14,7 +14,7 @@ from flwr.supercore.run import Run
 from deployment import bundle
 from deployment.link import Link, NotAccepted, Refused, RunOver, Task
 from deployment.resident import Answer, Died, GivenUp, ResidentWorker
-from exchange.kinds import HANDLERS
+from exchange.kinds import HANDLER_NAMES
 from exchange.pulling import TooLarge
 from settings.policy import Policy
 from utils import bytes_text, printable
@@ -102,7 +102,7 @@ class Node:
         metadata, run_id = task.message.metadata, task.run.run_id
         if fault := self.fault_of(task):
             return failed(ErrorCode.INVALID_FAB, fault)
-        if (handler := HANDLERS.get(metadata.message_type)) is None:
+        if (handler := HANDLER_NAMES.get(metadata.message_type)) is None:
             kind = printable(metadata.message_type)[:100]
             return failed(ErrorCode.UNKNOWN, f"this node has no answer to messages of the type {kind}")
         most_s = min(self.policy.max_seconds, metadata.ttl)

@@ -5,7 +5,7 @@ from typing import Any
 
 from flwr.clientapp import ClientApp
 
-HANDLERS = {  # by Flower's message type
+HANDLER_NAMES = {  # by Flower's message type
     "query": "describe",
     "query.initial_adapter": "initial",
     "query.final": "final",
@@ -17,7 +17,7 @@ HANDLERS = {  # by Flower's message type
 def client_app(handler: Callable[[str], Callable[..., Any]]) -> ClientApp:
     """A ClientApp that answers each kind of message with the `handler` of that name."""
     app = ClientApp()
-    for kind, name in HANDLERS.items():
+    for kind, name in HANDLER_NAMES.items():
         purpose, _, action = kind.partition(".")
         getattr(app, purpose)(*[action] if action else [])(handler(name))
     return app

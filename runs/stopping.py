@@ -20,7 +20,7 @@ class Stopped(KeyboardInterrupt):
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TWICE_S = 1.0  # `timeout` and Slurm signal a process and its group: within this time that is one request
-AGAIN_S = 0.05
+AGAIN_S = 0.05  # until a signal that was lost in a callback is sent again: the callback is over then
 first_s: float | None = None  # when the first signal came
 holding = 0  # blocks that let it wait
 waiting: list[int] = []

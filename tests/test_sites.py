@@ -17,7 +17,7 @@ from exchange import clients as exchange_clients
 from exchange import folding
 from exchange.clients import Clients
 from exchange.faults import CLIENT_ERROR, SILENT
-from exchange.kinds import HANDLERS
+from exchange.kinds import HANDLER_NAMES
 from exchange.pulling import SLACK_BYTES, pull
 from exchange.transfer import to_record
 from server import sites
@@ -64,7 +64,7 @@ class Sites(LocalGrid):
         client._resident.clear()
         client._resident.update(self.workers.get(node, {}))
         words = " ".join(f"'{text}'" for text in self.overrides)
-        found = answered(HANDLERS[kind], words, self.configs[node] | {"run-id": 7}, message.content)
+        found = answered(HANDLER_NAMES[kind], words, self.configs[node] | {"run-id": 7}, message.content)
         assert sum(len(record) for record in message.content.array_records.values()) <= 1  # all arrays as one
         self.workers[node] = dict(client._resident)
         content = Error(found.code, found.told) if found.code else found.content
